@@ -1,0 +1,1 @@
+"""What the benchmarks share: sides to compare, their workers, and how they are measured."""

@@ -1,0 +1,1 @@
+"""A step that is killed, and a step that fails."""

@@ -1,0 +1,1 @@
+"""Workers are killed, and their work goes on: ``python -m examples.demo``."""

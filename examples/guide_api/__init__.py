@@ -1,0 +1,1 @@
+"""The API of pgqrs' guides: no Celery worker, no broker, only Postgres."""

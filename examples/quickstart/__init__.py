@@ -1,0 +1,1 @@
+"""An order in three durable steps."""

@@ -1,0 +1,1 @@
+"""Two other programming models on this package's engine: pgqrs' (its guides) and underway's (a builder of steps)."""

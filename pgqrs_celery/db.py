@@ -1,0 +1,479 @@
+"""Connections to Postgres: a small pool per process that survives forks, threads and restarts of the server.
+
+``psycopg_pool`` is not used because a Celery worker forks after its main process has connected: here a child simply
+starts with an empty pool, and no thread of the pool's own has to exist.
+
+Every error of the driver leaves this module as one of ``exceptions.StoreError``'s kinds, once.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import select
+import selectors
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
+from types import TracebackType
+from typing import Any, Final, TypeVar, cast
+
+import psycopg
+from psycopg import errors as pg
+from psycopg.adapt import Loader
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from psycopg.pq import TransactionStatus
+from psycopg.pq.abc import PGresult
+from psycopg.rows import class_row, tuple_row
+
+from pgqrs_celery import prepared
+from pgqrs_celery.exceptions import ConfigurationError, NotInstalled, StoreError, StoreUnavailable
+from pgqrs_celery.store import statements
+
+__all__ = ["TRUE", "Database", "Params", "Session", "readable", "redact"]
+
+logger = logging.getLogger(__name__)
+
+Row = TypeVar("Row")
+T = TypeVar("T")
+Params = Mapping[str, Any]
+Connection = psycopg.Connection[Any]
+
+#: Seconds for which a transaction waits for its client, unless the ledger's lease is shorter.
+SILENCE: Final = 30.0
+
+#: How the server writes a boolean.
+TRUE: Final = b"t"
+
+MISSING: Final = (pg.UndefinedTable, pg.UndefinedFunction, pg.UndefinedColumn, pg.InvalidSchemaName)
+
+#: Errors after which the same call may well succeed: the server went away, is starting, is full, or it had
+#: to choose a victim.
+PASSING: Final = (
+    pg.OperationalError,
+    pg.InterfaceError,
+    pg.AdminShutdown,
+    pg.CrashShutdown,
+    pg.CannotConnectNow,
+    pg.TooManyConnections,
+    pg.SerializationFailure,
+    pg.DeadlockDetected,
+    pg.LockNotAvailable,
+    pg.ReadOnlySqlTransaction,
+    pg.IdleInTransactionSessionTimeout,
+)
+
+
+class Verbatim(Loader):
+    """Loads ``json`` and ``jsonb`` as the text that was stored; ``codec`` decides what it means."""
+
+    def load(self, data: Any) -> str:
+        return bytes(data).decode("utf-8")
+
+
+def redact(dsn: str) -> str:
+    """Return the DSN without its password, fit for a log line."""
+    try:
+        parts = conninfo_to_dict(dsn)
+    except psycopg.ProgrammingError:
+        return "<unreadable DSN>"
+    return " ".join(f"{key}={value}" for key, value in parts.items() if key not in {"password", "sslpassword"})
+
+
+def translate(error: psycopg.Error, schema: str) -> StoreError:
+    """Return this package's error for one of the driver's."""
+    text = str(error).strip() or type(error).__name__
+    if isinstance(error, MISSING):
+        return NotInstalled(
+            f"the schema {schema!r} holds no (complete) pgqrs tables: {text.splitlines()[0]}. "
+            "Run `celery -A your_app pgqrs install`, or Pgqrs(app).install()."
+        )
+    if isinstance(error, PASSING):
+        return StoreUnavailable(f"the database does not answer: {text}")
+    return StoreError(f"the database refused a statement: {text}")
+
+
+class Session:
+    """A connection in use, with the named statements of one schema.
+
+    Outside ``Database.transaction()`` each statement is a transaction of its own.
+    """
+
+    __slots__ = ("_texts", "connection", "durable", "silence")
+
+    def __init__(
+        self, connection: Connection, texts: Mapping[str, str], durable: str = "on", silence: float = 0.0
+    ) -> None:
+        self.connection = connection
+        self._texts = texts
+        #: The value of ``synchronous_commit`` for what must be on disk before anybody acts on it.
+        self.durable = durable
+        #: For how long a transaction may be left alone by its client (seconds); 0 for ever.
+        self.silence = silence
+
+    def text(self, name: str) -> str:
+        """Return the SQL of the named statement."""
+        return self._texts[name]
+
+    def run(self, name: str, params: Params | None = None) -> int:
+        """Execute the named statement and return how many rows it touched."""
+        return self.connection.execute(cast("Any", self._texts[name]), params).rowcount
+
+    def quickly(self, name: str, params: Mapping[str, Any]) -> int:
+        """Execute a named statement of the hot path and return how many rows it has touched; see ``prepared``."""
+        return self._quick(name, params).command_tuples or 0
+
+    def quick_row(self, name: str, params: Mapping[str, Any]) -> tuple[bytes | None, ...] | None:
+        """Execute a named statement of the hot path and return its first row, as the server wrote it."""
+        result = self._quick(name, params)
+        if result.ntuples == 0:
+            return None
+        return tuple(result.get_value(0, column) for column in range(result.nfields))
+
+    def _quick(self, name: str, params: Mapping[str, Any]) -> PGresult:
+        connection = self.connection
+        if prepared.applies(connection):
+            return prepared.execute(connection, name, self._texts[name], params)
+        result = connection.execute(cast("Any", self._texts[name]), params).pgresult
+        assert result is not None
+        return result
+
+    def send(self, name: str, params: Params | None = None) -> psycopg.Cursor[Any]:
+        """Execute the named statement and return its cursor; inside a ``flush`` it has no answer until the end."""
+        return self.connection.execute(cast("Any", self._texts[name]), params)
+
+    @contextmanager
+    def flush(self) -> Iterator[psycopg.Pipeline]:
+        """Send what the block sends in one network flush, without waiting for answers in between."""
+        with self.connection.pipeline() as pipeline:
+            yield pipeline
+
+    @contextmanager
+    def committed(self) -> Iterator[None]:
+        """Make the statements of the block one transaction inside a ``flush``, committed before what follows."""
+        self.connection.execute("BEGIN")
+        yield
+        self.connection.execute("COMMIT")
+
+    def limit_silence(self) -> None:
+        """Let the transaction that is open be rolled back when its client is not heard of for ``silence`` seconds.
+
+        A process that is frozen, or whose host is lost, in the middle of a transaction would keep its locks, and with
+        them the steps it has, from those that take them over.
+        """
+        self.connection.execute(_silence(self.silence))
+
+    def row(self, name: str, params: Params | None = None) -> tuple[Any, ...] | None:
+        """Execute the named statement and return its first row as a tuple."""
+        return cast(
+            "tuple[Any, ...] | None", self.connection.execute(cast("Any", self._texts[name]), params).fetchone()
+        )
+
+    def rows(self, name: str, params: Params | None = None) -> list[tuple[Any, ...]]:
+        """Execute the named statement and return all its rows as tuples."""
+        return self.connection.execute(cast("Any", self._texts[name]), params).fetchall()
+
+    def one(self, record: type[Row], name: str, params: Params | None = None) -> Row | None:
+        """Execute the named statement and return its first row as a record (column names are field names)."""
+        with self.connection.cursor(row_factory=class_row(record)) as cursor:
+            return cursor.execute(cast("Any", self._texts[name]), params).fetchone()
+
+    def many(self, record: type[Row], name: str, params: Params | None = None) -> list[Row]:
+        """Execute the named statement and return all its rows as records."""
+        with self.connection.cursor(row_factory=class_row(record)) as cursor:
+            return cursor.execute(cast("Any", self._texts[name]), params).fetchall()
+
+
+class Database:
+    """A bounded pool of autocommit connections to one database and schema.
+
+    Threads may share it. After a fork the child owns an empty pool; the parent's sockets are closed in the child
+    without a word to the server, so that the parent's sessions end when the parent does.
+    """
+
+    def __init__(
+        self,
+        dsn: str | Callable[[], str],
+        *,
+        schema: str = "public",
+        pool_size: int = 8,
+        connect_timeout: float = 5.0,
+        prepared_statements: bool = True,
+        synchronous_commit: bool = True,
+        application_name: str = "pgqrs",
+        auto_install: bool = False,
+    ) -> None:
+        self._dsn = dsn
+        self._conninfo: str | None = None
+        self.schema = schema
+        #: Whether the schema is to be installed or upgraded at first use.
+        self.auto_install = auto_install
+        self._pool_size = pool_size
+        self._connect_timeout = connect_timeout
+        self._prepare_threshold = 1 if prepared_statements else None
+        self._synchronous_commit = synchronous_commit
+        self._application_name = application_name
+        #: How many seconds the server waits for a client in the middle of one of ``transaction()``'s.
+        self.silence = SILENCE
+        self._reset()
+        _databases.add(self)
+
+    def _reset(self) -> None:
+        self._lock = threading.Lock()
+        self._slots = threading.BoundedSemaphore(self._pool_size)
+        #: How many connections this thread has been lent.
+        self._lent = threading.local()
+        self._idle: list[Connection] = []
+        self._known: weakref.WeakSet[Connection] = weakref.WeakSet()
+
+    def forget_inherited(self) -> None:
+        """Start afresh in a forked child: close the parent's sockets, send nothing on them."""
+        for connection in list(self._known):
+            with suppress(psycopg.Error, OSError):
+                os.close(connection.pgconn.socket)
+            _inherited.append(connection)
+        self._reset()
+
+    @property
+    def dsn(self) -> str:
+        """The DSN as libpq takes it, resolved at first use."""
+        if self._conninfo is None:
+            self._conninfo = self._dsn() if callable(self._dsn) else self._dsn
+        return self._conninfo
+
+    @property
+    def texts(self) -> Mapping[str, str]:
+        """The named statements for this schema."""
+        return statements.render(self.schema)
+
+    def connect(
+        self, dsn: str | None = None, *, autocommit: bool = True, verbatim: bool = True, **extra: Any
+    ) -> Connection:
+        """Return a new connection that is not part of the pool; the caller closes it.
+
+        ``verbatim`` makes JSON columns come as the text that was stored; a user's own queries want values.
+        Raises ``StoreUnavailable`` where nobody answers and ``ConfigurationError`` where the DSN cannot be read.
+        """
+        target = dsn or self.dsn
+        try:
+            arguments: dict[str, Any] = {
+                "connect_timeout": round(self._connect_timeout) or 1,
+                "application_name": self._application_name,
+                **conninfo_to_dict(target),
+                "client_encoding": "UTF8",
+                **extra,
+            }
+        except psycopg.ProgrammingError as error:
+            raise ConfigurationError(f"the DSN cannot be read: {error}") from None
+        try:
+            connection: Connection = psycopg.connect(
+                make_conninfo("", **arguments),
+                autocommit=autocommit,
+                prepare_threshold=self._prepare_threshold,
+                row_factory=tuple_row,
+            )
+            if autocommit and is_direct(connection):
+                connection.execute(self._session_settings(), prepare=False)
+        except psycopg.Error as error:
+            raise StoreUnavailable(f"cannot connect to {redact(target)}: {str(error).strip()}") from error
+        if verbatim:
+            connection.adapters.register_loader("json", Verbatim)
+            connection.adapters.register_loader("jsonb", Verbatim)
+        self._known.add(connection)
+        return connection
+
+    def _session_settings(self) -> bytes:
+        """What every session of ours is set to: its statements find their rows by key, whatever statistics say.
+
+        Planning such a statement anew would cost more than executing it, and a plan made while a table was small
+        (scan it all, hash it) must not outlive that. Not for a pooler's session, which is lent to others next.
+        """
+        settings = ["enable_seqscan = off", "enable_hashjoin = off", "enable_mergejoin = off", "jit = off"]
+        if self._prepare_threshold is not None:
+            settings.append("plan_cache_mode = force_generic_plan")
+        if not self._synchronous_commit:
+            settings.append("synchronous_commit = off")
+        return "; ".join(f"SET {setting}" for setting in settings).encode()
+
+    def session(self) -> AbstractContextManager[Session]:
+        """Lend a connection; every statement on it commits by itself."""
+        return _Lent(self)
+
+    def take(self) -> tuple[Session, threading.BoundedSemaphore]:
+        """Take a connection out of the pool, with the slot to give it back to."""
+        slots, lent = self._slots, self._lent
+        depth = getattr(lent, "depth", 0)
+        # Who has a connection must not wait for others who wait for his: the second one is not counted.
+        if not slots.acquire(blocking=depth == 0):
+            slots = threading.BoundedSemaphore()
+            slots.acquire()
+        try:
+            with self._lock:
+                connection = self._idle.pop() if self._idle else None
+            if connection is None:
+                connection = self.connect()
+        except BaseException:
+            slots.release()
+            raise
+        lent.depth = depth + 1
+        durable = "on" if self._synchronous_commit else "off"
+        return Session(connection, self.texts, durable, self.silence), slots
+
+    def give_back(self, connection: Connection, slots: threading.BoundedSemaphore) -> None:
+        """Put a connection back, unless it is one too many, or the process has forked since it was taken."""
+        self._lent.depth = max(0, getattr(self._lent, "depth", 0) - 1)
+        if slots is self._slots:
+            self._give_back(connection)
+        elif connection in self._known:
+            connection.close()
+        slots.release()
+
+    def _give_back(self, connection: Connection) -> None:
+        if connection.closed or connection.pgconn.transaction_status != TransactionStatus.IDLE:
+            connection.close()
+            with self._lock:
+                stale = self._idle if connection.broken else []
+                if connection.broken:
+                    self._idle = []
+            for other in stale:
+                other.close()
+            return
+        with self._lock:
+            self._idle.append(connection)
+
+    @contextmanager
+    def transaction(self) -> Iterator[Session]:
+        """Lend a connection inside one transaction: committed at the end, rolled back by any exception.
+
+        Also rolled back, with ``StoreUnavailable``, when nothing is heard of this process for ``silence`` seconds.
+        """
+        with self.session() as session:
+            connection = session.connection
+            connection.execute(b"BEGIN; " + _silence(session.silence), prepare=False)
+            try:
+                yield session
+            except BaseException:
+                with suppress(psycopg.Error):
+                    connection.rollback()
+                raise
+            connection.commit()
+
+    def call(
+        self,
+        work: Callable[[Session], T],
+        *,
+        patience: float = 0.0,
+        transaction: bool = False,
+        stop: threading.Event | None = None,
+    ) -> T:
+        """Return ``work(session)``, calling it again while the database is away.
+
+        The work must be idempotent: the answer of a COMMIT may have been lost. One more attempt is always made at
+        once, because the pooled connection may only be left over from before a restart; after that, attempts go on
+        with back-off for ``patience`` seconds, or until ``stop`` is set. Raises ``StoreUnavailable`` in the end.
+        """
+        deadline = time.monotonic() + patience
+        attempt = 0
+        while True:
+            try:
+                with self.transaction() if transaction else self.session() as session:
+                    return work(session)
+            except StoreUnavailable as error:
+                attempt += 1
+                if attempt == 1:
+                    continue
+                pause = min(2.0, 0.05 * 2**attempt) * random.uniform(0.5, 1.0)
+                if time.monotonic() + pause > deadline:
+                    raise
+                if attempt == 2:
+                    logger.warning("%s; trying again for %.0f s", error, patience)
+                if (stop or threading.Event()).wait(pause):
+                    raise
+
+    def close(self) -> None:
+        """Close the idle connections; the database can be used again afterwards."""
+        with self._lock:
+            idle, self._idle = self._idle, []
+        for connection in idle:
+            connection.close()
+
+
+def _silence(seconds: float) -> bytes:
+    # Local: behind a transaction pooler the session is others', too.
+    return b"SET LOCAL idle_in_transaction_session_timeout = %d" % round(seconds * 1000)
+
+
+class _Lent:
+    """A connection of the pool for the length of a ``with`` block; the driver's errors leave it as this package's.
+
+    A class, where a generator would do: it is entered at every step of every function.
+    """
+
+    __slots__ = ("_connection", "_database", "_slots")
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def __enter__(self) -> Session:
+        session, self._slots = self._database.take()
+        self._connection = session.connection
+        return session
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._database.give_back(self._connection, self._slots)
+        if isinstance(error, psycopg.Error):
+            raise translate(error, self._database.schema) from error
+
+
+def is_direct(connection: Connection) -> bool:
+    """Return whether Postgres itself answers; a pooler tells its client a process id of its own invention."""
+    row = connection.execute("SELECT pg_backend_pid()", prepare=False).fetchone()
+    return row is not None and row[0] == connection.info.backend_pid
+
+
+#: Between the parts of a notification's text. JSON text cannot hold it.
+SEPARATOR: Final = "\x1f"
+
+
+def notifications(connection: Connection, timeout: float) -> Sequence[str]:
+    """Return the payloads of the NOTIFYs that arrive within ``timeout`` seconds, at once after the first.
+
+    The waiting is done here and not in the driver, which knows gevent but not eventlet, and would stop its whole
+    process.
+    """
+    try:
+        heard = [n.payload for n in connection.notifies(timeout=0)]
+        if not heard and readable(connection.pgconn.socket, timeout):
+            heard = [n.payload for n in connection.notifies(timeout=0)]
+        return heard
+    except (psycopg.Error, OSError, ValueError) as error:
+        raise StoreUnavailable(f"lost the listening connection: {error}") from error
+
+
+def readable(fd: int, timeout: float) -> bool:
+    """Return whether something can be read from the socket within ``timeout`` seconds; other greenlets run on."""
+    if hasattr(select, "poll"):
+        poller = select.poll()
+        poller.register(fd, select.POLLIN)
+        return bool(poller.poll(timeout * 1000))
+    with selectors.DefaultSelector() as selector:
+        selector.register(fd, selectors.EVENT_READ)
+        return bool(selector.select(timeout))
+
+
+_databases: weakref.WeakSet[Database] = weakref.WeakSet()
+#: Kept for ever, so that the driver never finishes a parent's connection from a child.
+_inherited: list[Connection] = []
+
+
+def _after_fork() -> None:
+    for database in list(_databases):
+        database.forget_inherited()
+
+
+os.register_at_fork(after_in_child=_after_fork)

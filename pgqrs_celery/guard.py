@@ -1,0 +1,224 @@
+"""StepGuard: the right to execute one step, and the only way to write its outcome."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from uuid import UUID, uuid4
+
+from pgqrs_celery.db import Session
+from pgqrs_celery.exceptions import LeaseLost
+from pgqrs_celery.ledger import Ledger
+from pgqrs_celery.store import runs, steps
+from pgqrs_celery.store.runs import NewRun
+from pgqrs_celery.store.steps import Acquired, NewStep, Verdict
+
+__all__ = ["Adoption", "Decision", "StepGuard"]
+
+
+@dataclass(frozen=True, slots=True)
+class Adoption:
+    """What to enter where a step has no row because it was sent without this package."""
+
+    run: NewRun
+    step: NewStep
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """The answer to ``StepGuard.acquire``.
+
+    EXECUTE comes with a guard, and so does UNDO, with the error its step ends with. REPLAY comes with one, too: its
+    step is finished, its hand-off is not. ``output`` and ``error`` are JSON text.
+    """
+
+    verdict: Verdict
+    guard: StepGuard | None = None
+    failed: bool = False
+    output: str | None = None
+    error: str | None = None
+
+
+class StepGuard:
+    """One owner's hold on one step: every write says ``AND lease_token = …`` and so only the present owner's count."""
+
+    __slots__ = (
+        "acquired_at",
+        "attempt",
+        "deadline",
+        "fence",
+        "generation",
+        "lease_token",
+        "ledger",
+        "root_id",
+        "step_id",
+        "task_id",
+        "workflow_id",
+        "workflow_name",
+    )
+
+    def __init__(self, ledger: Ledger, task_id: str, lease_token: UUID, deadline: float, row: Acquired) -> None:
+        self.ledger = ledger
+        self.task_id = task_id
+        self.lease_token = lease_token
+        self.deadline = deadline
+        self.workflow_id = row.workflow_id
+        self.workflow_name = row.workflow_name
+        self.root_id = row.root_id
+        self.step_id = row.step_id
+        self.acquired_at = row.now
+        self.generation = row.generation
+        self.fence = row.fence or 0
+        self.attempt = row.attempt or 0
+
+    @classmethod
+    def acquire(
+        cls, ledger: Ledger, task_id: str, *, generation: int = 0, adoption: Adoption | None = None
+    ) -> Decision:
+        """Ask for the right to execute a step.
+
+        Without ``adoption`` a missing row means that the step was recorded once and removed by retention: DONE.
+        Raises ``StoreUnavailable`` where the database stays away longer than ``pgqrs_patience``.
+        """
+        lease_token = uuid4()
+        settings = ledger.settings
+        began = time.monotonic()
+
+        def ask(session: Session) -> Acquired | None:
+            nonlocal began
+            began = time.monotonic()
+            row = steps.acquire(
+                session,
+                task_id,
+                generation=generation,
+                lease_token=lease_token,
+                worker_id=ledger.worker_id,
+                lease=settings.lease,
+                max_lost=settings.max_lost,
+                poison=ledger.poison,
+                may_judge=ledger.may_judge,
+            )
+            if row and row.touch and row.verdict == Verdict.EXECUTE:
+                runs.touch(session, row.workflow_id)
+            return row
+
+        row = ledger.call(ask, patience=settings.patience)
+        if row is None and adoption is not None:
+            row = ledger.call(
+                lambda session: _adopt(session, ledger, adoption, lease_token),
+                patience=settings.patience,
+                transaction=True,
+            ) or ledger.call(ask, patience=settings.patience)
+        while row is not None and row.verdict == Verdict.PAUSED and not _park(ledger, row.workflow_id, task_id):
+            row = ledger.call(ask, patience=settings.patience)
+        if row is None:
+            return Decision(Verdict.DONE)
+        verdict = Verdict(row.verdict)
+        failed = row.status == "FAILED" or verdict is Verdict.POISONED
+        if verdict is Verdict.POISONED:
+            verdict = Verdict.REPLAY
+        if verdict not in (Verdict.EXECUTE, Verdict.REPLAY, Verdict.UNDO):
+            return Decision(verdict)
+        guard = cls(ledger, task_id, lease_token, began + settings.lease, row)
+        return Decision(verdict, guard, failed, row.output, row.error)
+
+    def database_time(self) -> datetime:
+        """Return the database's time as far as this process can know it: that of the acquire, plus what has passed."""
+        elapsed = time.monotonic() - (self.deadline - self.ledger.settings.lease)
+        return self.acquired_at + timedelta(seconds=elapsed)
+
+    def check_deadline(self) -> None:
+        """Raise ``LeaseLost`` if this process stalled for a whole lease since it asked: somebody else may have begun.
+
+        Looks at the local monotonic clock only; narrows a window that no ledger can close.
+        """
+        if time.monotonic() >= self.deadline:
+            raise LeaseLost(f"{self}: stalled longer than its lease")
+
+    def __str__(self) -> str:
+        return f"step {self.step_id!r} of run {self.workflow_id} ({self.workflow_name})"
+
+    def success(self, value: Any) -> Any:
+        """Commit the step's result and return it as a replay would see it.
+
+        Raises ``LeaseLost`` where another owner has the step, ``ResultNotSerializable`` or ``ResultTooLarge`` where
+        the value cannot be recorded.
+        """
+        values = self.ledger.values
+        text = values.dump_result(value, self.step_id)
+        if not self.succeed(text):
+            raise LeaseLost(f"{self}: finished by or given to another worker")
+        return values.load(text)
+
+    def succeed(self, output: str) -> bool:
+        """Commit the step's result (JSON text); False where another owner has the step."""
+        settings = self.ledger.settings
+        return self.ledger.call(
+            lambda session: steps.succeed(session, self.task_id, lease_token=self.lease_token, output=output),
+            patience=max(settings.patience, settings.lease),
+        )
+
+    def fail(self, error: str) -> bool:
+        """Commit the step's final error (JSON text); False where another owner has the step."""
+        return self.ledger.call(
+            lambda session: steps.fail(
+                session, self.task_id, error=error, lease=self.ledger.settings.lease, lease_token=self.lease_token
+            ),
+            patience=self.ledger.settings.patience,
+        )
+
+    def give_back(self) -> bool:
+        """Queue the step again, due at once; False where another owner has it."""
+        return self.ledger.call(
+            lambda session: steps.give_back(session, self.task_id, lease_token=self.lease_token),
+            patience=self.ledger.settings.patience,
+        )
+
+    def drop(self, error: str) -> int | None:
+        """Cancel the step because its body asked to be ignored; returns its run where it was ours to cancel."""
+        return self.ledger.call(
+            lambda session: steps.drop(session, self.task_id, lease_token=self.lease_token, error=error),
+            patience=self.ledger.settings.patience,
+        )
+
+
+def _park(ledger: Ledger, workflow_id: int, task_id: str) -> bool:
+    """Park a step whose run seemed to be paused; False where the run has gone on meanwhile."""
+    return ledger.call(
+        lambda session: runs.park(session, workflow_id, task_id), patience=ledger.settings.patience, transaction=True
+    )
+
+
+def _adopt(session: Session, ledger: Ledger, adoption: Adoption, lease_token: UUID) -> Acquired | None:
+    """Enter and acquire a step in one transaction that is on disk before the body begins; None if it exists by now."""
+    workflow_id, _ = runs.join(session, adoption.run, [])
+    entered = steps.adopt(
+        session,
+        adoption.step,
+        workflow_id=workflow_id,
+        app=ledger.app,
+        lease_token=lease_token,
+        worker_id=ledger.worker_id,
+        lease=ledger.settings.lease,
+    )
+    if not entered:
+        return None
+    runs.begin(session, workflow_id)
+    return Acquired(
+        verdict=Verdict.EXECUTE,
+        workflow_id=workflow_id,
+        step_id=adoption.step.step_id,
+        status="RUNNING",
+        output=None,
+        error=None,
+        workflow_name=adoption.run.name,
+        root_id=adoption.run.root_id,
+        touch=False,
+        generation=adoption.step.generation,
+        fence=1,
+        attempt=1,
+        lost=0,
+        now=datetime.now(UTC),
+    )

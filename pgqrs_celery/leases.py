@@ -1,0 +1,89 @@
+"""The lease keeper: extends the leases of what this worker has, and says so when one was lost.
+
+In prefork a body that never lets go of the interpreter does not lose its lease, because the keeper runs in the main
+process. With threads, solo, gevent and eventlet it runs beside the bodies, and a body that blocks everything for
+longer than the lease loses it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Mapping
+from datetime import datetime
+from uuid import UUID
+
+from pgqrs_celery.exceptions import StoreError
+from pgqrs_celery.ledger import Ledger
+from pgqrs_celery.store import steps, workers
+
+__all__ = ["Keeper"]
+
+logger = logging.getLogger(__name__)
+
+
+class Keeper:
+    """The thread that renews one worker's leases."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self.ledger = ledger
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="pgqrs-keeper", daemon=True)
+        self._signed_at = float("-inf")
+        self._signed: Mapping[str, datetime] = {}
+        self._reported: set[str] = set()
+
+    @property
+    def interval(self) -> float:
+        """Seconds between beats: a lease has three chances, a received message is renewed before it is looked for."""
+        settings = self.ledger.settings
+        return min(settings.lease / 3, settings.resend_interval / 2)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stop the thread and wait for it."""
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=self.interval + self.ledger.settings.connect_timeout)
+
+    def _run(self) -> None:
+        while not self._stop.wait(self.interval):
+            try:
+                self.beat()
+            except StoreError as error:
+                logger.warning("cannot renew leases now: %s", error)
+
+    def beat(self) -> None:
+        """Renew everything once. Raises ``StoreError``."""
+        worker_id = self.ledger.worker_id
+        if worker_id is None:
+            return
+        held = self.ledger.holdings.present()
+        if held:
+            task_ids = {h.task_id for h in held}
+            elsewhere = self.ledger.call(
+                lambda session: steps.renew(session, task_ids, worker_id=worker_id, lease=self.ledger.settings.lease)
+            )
+            self._report(elsewhere & {h.task_id for h in held if h.accepted})
+        self._sign(worker_id, idle=not held)
+
+    def _sign(self, worker_id: UUID, *, idle: bool) -> None:
+        """Give a sign of life and say what has been received, three times in a lease; half as often when idle."""
+        now, marks = time.monotonic(), self.ledger.holdings.watermarks()
+        thirds = 2 if idle and marks == self._signed else 1
+        if now - self._signed_at < self.ledger.settings.lease * thirds / 3:
+            return
+        self.ledger.call(lambda session: workers.beat(session, worker_id, marks))
+        self._signed_at, self._signed = now, marks
+
+    def _report(self, lost: set[str]) -> None:
+        for task_id in sorted(lost - self._reported):
+            logger.warning(
+                "task %s runs here, but another worker has taken its step over: nothing it does here is recorded",
+                task_id,
+            )
+        self._reported = lost

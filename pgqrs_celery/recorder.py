@@ -1,0 +1,414 @@
+"""Recording: what leaves a publish scope becomes rows in one transaction, and is then published."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Final
+
+from celery import Celery, states
+from celery.exceptions import TaskRevokedError
+from kombu.exceptions import OperationalError
+
+from pgqrs_celery import outbox
+from pgqrs_celery.borrowing import callers_session
+from pgqrs_celery.circumstances import Box, ExistingRun, Target, starting, target
+from pgqrs_celery.db import Session
+from pgqrs_celery.drafting import Drafter
+from pgqrs_celery.durability import signature_ids
+from pgqrs_celery.envelope import SENT
+from pgqrs_celery.exceptions import LeaseLost, StoreUnavailable
+from pgqrs_celery.execution import Deferred, Execution, Phase
+from pgqrs_celery.ledger import Ledger
+from pgqrs_celery.mixture import await_links, refuse
+from pgqrs_celery.outgoing import Outgoing
+from pgqrs_celery.store import chords, runs, steps
+from pgqrs_celery.store import messages as sent
+from pgqrs_celery.store.chords import Chord
+from pgqrs_celery.store.messages import NewMessage, Published
+from pgqrs_celery.store.steps import Finished, NewStep, Outcome, Recorded
+from pgqrs_celery.transport.broker import Broker
+
+__all__ = ["TOGETHER", "Recorder"]
+
+logger = logging.getLogger(__name__)
+
+#: Messages published to our own broker with one statement.
+TOGETHER: Final = 1000
+
+#: Celery's publish retry, cut down to what a stale pooled connection needs: the relay does the rest.
+ONCE: Final = {"max_retries": 1, "interval_start": 0, "interval_step": 0, "interval_max": 0}
+
+
+class Recorder:
+    """Writes the messages of a publish scope into the ledger and sends those that were accepted."""
+
+    def __init__(self, app: Celery, ledger: Callable[[], Ledger]) -> None:
+        self.app = app
+        self._ledger = ledger
+        self.drafter = Drafter(app)
+        self.publish: Callable[[Outgoing], Any]
+        #: Returns, once, the chords whose headers have these group ids.
+        self.chords_of: Callable[[list[str]], list[Chord]]
+        #: Returns the broker where it is ours, so that many messages can be published with one statement.
+        self.broker: Callable[[], Broker | None]
+        #: Returns it where it also is in the ledger's database: messages are published in the transaction that records.
+        self.shared_broker: Callable[[], Broker | None]
+        #: Whether the result backend can complete a durable chord.
+        self.has_chords: Callable[[], bool]
+
+    def __call__(self, messages: list[Outgoing], running: Execution | None) -> None:
+        """Record messages, all or none, then publish what was accepted."""
+        ledger = self._ledger()
+        for passing in (m for m in messages if not m.durable):
+            await_links(self.app, ledger, passing, running)
+        durable = [m for m in messages if m.durable]
+        if not durable or (running is not None and running.phase is Phase.LOST):
+            return
+        for message in durable:
+            refuse(self.app, ledger, message, chords=self.has_chords)
+        into = target.get()
+        if into is not None:
+            self._record_into(ledger, into, durable)
+        elif running is not None and running.phase is Phase.SUCCEEDED and _all_inside(durable, running):
+            self._defer(ledger, durable, running)
+        else:
+            self._record_and_send(ledger, durable, running)
+
+    def _defer(self, ledger: Ledger, messages: list[Outgoing], running: Execution) -> None:
+        """Keep what follows from a success until that is committed; it is made ready now, so that errors show now."""
+        deferred = running.deferred
+        deferred.rows += self.drafter.rows(ledger, messages, running, ledger.settings.resend_interval)
+        deferred.chords += self.chords_of(_groups(messages))
+        deferred.messages += messages
+
+    def flush(self, running: Execution) -> bool:
+        """Commit a success with everything that follows from it, then send that; False where the step was lost."""
+        ledger, deferred = self._ledger(), running.deferred
+        running.deferred = Deferred()
+        if not deferred.messages:
+            return running.settle()
+        text, running.uncommitted = running.uncommitted, None
+        guard, broker = running.guard, self.shared_broker()
+        finished = Finished(guard.task_id, text) if text is not None else None
+        published: list[Published] = []
+
+        def work(session: Session) -> list[Recorded]:
+            published.clear()
+            entries = steps.record(
+                session,
+                deferred.rows,
+                workflow_id=guard.workflow_id,
+                app=ledger.app,
+                lease_token=guard.lease_token,
+                finished=finished,
+                durable=False,
+            )
+            if any(entry.outcome is Outcome.LOST for entry in entries) and finished is not None:
+                # The answer of an earlier commit may have been lost: then the success is there, under our token.
+                return self._again(session, ledger, running, deferred)
+            for chord in deferred.chords:
+                chords.record(session, replace(chord, workflow_id=guard.workflow_id))
+            if broker is not None:
+                published.extend(self._publish(session, deferred.messages, {e.task_id: e for e in entries}))
+            return entries
+
+        patience = max(ledger.settings.patience, ledger.settings.lease)
+        entries = ledger.call(work, patience=patience, transaction=bool(deferred.chords) or broker is not None)
+        if any(entry.outcome is Outcome.LOST for entry in entries):
+            running.lose()
+            return False
+        if broker is not None:
+            broker.wake(published)
+        self.send_deferred(deferred, entries, published=broker is not None)
+        return True
+
+    @staticmethod
+    def _again(session: Session, ledger: Ledger, running: Execution, deferred: Deferred) -> list[Recorded]:
+        guard = running.guard
+        if not steps.finished_as(session, guard.task_id, "SUCCESS", guard.lease_token):
+            return steps.recorded(deferred.rows, [])
+        return steps.record(session, deferred.rows, workflow_id=guard.workflow_id, app=ledger.app)
+
+    def send_deferred(self, deferred: Deferred, entries: Sequence[Recorded], *, published: bool = False) -> None:
+        """Send what was recorded with its sender's success, now that this is committed.
+
+        Where the messages were ``published`` in that transaction, only the rest is done.
+        """
+        ledger = self._ledger()
+        if any(m.held for m in deferred.messages):
+            ledger.call(lambda session: runs.notify(session, ledger.channel))
+        recorded = {entry.task_id: entry for entry in entries}
+        if published:
+            self._announce_refused(deferred.messages, recorded)
+            return
+        with self.app.producer_or_acquire() as producer:
+            for message in deferred.messages:
+                message.producer = producer
+            self._send(ledger, deferred.messages, recorded)
+
+    def collect(self, outgoing: Sequence[Outgoing], recorded: Mapping[str, Recorded]) -> list[NewMessage]:
+        """Return the accepted messages as rows of our own broker, for the transaction that records them.
+
+        Raises ``StoreUnavailable``: a producer that is used for the first time connects, and declares its queue.
+        """
+        with self.app.producer_or_acquire() as producer:
+            accepted = []
+            for message in outgoing:
+                entry = recorded[message.task_id]
+                if entry.outcome is Outcome.SEND and not message.held:
+                    message.producer = producer
+                    message.headers[SENT] = entry.sent_at.isoformat()
+                    accepted.append(message)
+            return self._rows(accepted)
+
+    def _rows(self, outgoing: Iterable[Outgoing]) -> list[NewMessage]:
+        """Return messages as rows of our own broker."""
+        box = Box()
+        try:
+            with outbox.collecting(box):
+                for message in outgoing:
+                    message.options.update(retry=True, retry_policy=ONCE)
+                    self.publish(message)
+        except OperationalError as error:
+            if isinstance(error.__cause__, StoreUnavailable):
+                raise error.__cause__ from None
+            raise
+        return box.messages
+
+    def _publish(
+        self, session: Session, outgoing: Sequence[Outgoing], recorded: Mapping[str, Recorded]
+    ) -> Iterator[Published]:
+        """Publish what was accepted to our own broker, in the transaction that records it."""
+        for start in range(0, len(outgoing), TOGETHER):
+            collected = self.collect(outgoing[start : start + TOGETHER], recorded)
+            if collected:
+                yield from sent.publish(session, collected)
+
+    def _record_and_send(self, ledger: Ledger, durable: list[Outgoing], running: Execution | None) -> None:
+        batches: dict[str, list[Outgoing]] = {}
+        for message in durable:
+            batches.setdefault(message.root_id, []).append(message)
+        interval = ledger.settings.resend_interval
+        prepared = [
+            (root_id, batch, self.drafter.rows(ledger, batch, running, interval)) for root_id, batch in batches.items()
+        ]
+
+        theirs = callers_session(ledger, durable, running)
+        if theirs is not None:
+            self._record_for_commit(ledger, theirs, prepared, running)
+            return
+        if running is not None and not running.settle():
+            return
+        replaced_by = running.replaced_by if running is not None else None
+
+        headers, broker = self.chords_of(_groups(durable)), self.shared_broker()
+        published: list[Published] = []
+
+        def work(session: Session) -> dict[str, Recorded]:
+            published.clear()
+            if running is not None and replaced_by is not None:
+                self._await_replacement(session, running, replaced_by)
+            done = self._record_all(session, ledger, prepared, headers, running)
+            if any(m.held for m in durable):
+                runs.notify(session, ledger.channel)
+            if broker is not None:
+                published.extend(self._publish(session, durable, done))
+            return done
+
+        recorded = ledger.call(
+            work,
+            transaction=len(prepared) > 1 or replaced_by is not None or bool(headers) or broker is not None,
+            patience=self._patience(ledger, running),
+        )
+        if running is not None:
+            self._supersede(running, recorded)
+        if broker is not None:
+            broker.wake(published)
+            self._announce_refused(durable, recorded)
+        else:
+            self._send(ledger, durable, recorded)
+
+    def _record_all(
+        self,
+        session: Session,
+        ledger: Ledger,
+        prepared: list[tuple[str, list[Outgoing], list[NewStep]]],
+        headers: Sequence[Chord],
+        running: Execution | None,
+    ) -> dict[str, Recorded]:
+        """Record the messages of each run, with the chords they are the headers of."""
+        done: dict[str, Recorded] = {}
+        for root_id, batch, rows in prepared:
+            workflow_id, entries = self._record(session, ledger, root_id, batch, rows, running)
+            done.update((entry.task_id, entry) for entry in entries)
+            groups = {m.headers.get("group") for m in batch}
+            for chord in headers:
+                if chord.chord_id in groups and any(e.outcome is Outcome.SEND for e in entries):
+                    chords.record(session, replace(chord, workflow_id=workflow_id))
+        return done
+
+    def _announce_refused(self, outgoing: Sequence[Outgoing], recorded: Mapping[str, Recorded]) -> None:
+        """Store REVOKED for what was not accepted because its run is cancelled."""
+        for message in outgoing:
+            if recorded[message.task_id].outcome is Outcome.CANCELLED:
+                self.announce_cancelled(message)
+
+    def _record_for_commit(
+        self,
+        ledger: Ledger,
+        session: Session,
+        prepared: list[tuple[str, list[Outgoing], list[NewStep]]],
+        running: Execution | None,
+    ) -> None:
+        """Record messages in the user's transaction; the relay hears of them, and sends them, when it commits."""
+        for root_id, batch, rows in prepared:
+            held = [
+                replace(row, sent=False, delay=message.delay or 0.0) for message, row in zip(batch, rows, strict=True)
+            ]
+            workflow_id, _ = self._record(session, ledger, root_id, batch, held, running)
+            for chord in self.chords_of(_groups(batch)):
+                chords.record(session, replace(chord, workflow_id=workflow_id))
+        runs.notify(session, ledger.channel)
+
+    @staticmethod
+    def _patience(ledger: Ledger, running: Execution | None) -> float:
+        return ledger.settings.patience if running is not None else 0.0
+
+    @staticmethod
+    def _supersede(running: Execution, recorded: Mapping[str, Recorded]) -> None:
+        """The running step's own id belongs to a newer message now: a retry, or what replaces it."""
+        own = recorded.get(running.guard.task_id)
+        retried = own is not None and own.outcome is Outcome.SEND and running.phase is Phase.BODY
+        if retried or running.replaced_by is not None:
+            running.phase = Phase.SUPERSEDED
+
+    @staticmethod
+    def _await_replacement(session: Session, running: Execution, generation: int) -> None:
+        """Let the running step wait for the last link of its replacement, in the transaction that records its first."""
+        guard = running.guard
+        awaited = steps.await_replacement(session, guard.task_id, lease_token=guard.lease_token, generation=generation)
+        if not awaited:
+            raise LeaseLost(f"step {guard.step_id!r} of run {guard.workflow_id}: replaced by another worker")
+
+    def _record(
+        self,
+        session: Session,
+        ledger: Ledger,
+        root_id: str,
+        batch: Sequence[Outgoing],
+        rows: Sequence[NewStep],
+        running: Execution | None,
+    ) -> tuple[int, list[Recorded]]:
+        if running is not None and root_id == running.guard.root_id:
+            return running.guard.workflow_id, steps.record(
+                session,
+                rows,
+                workflow_id=running.guard.workflow_id,
+                app=ledger.app,
+                lease_token=running.guard.lease_token,
+                durable=running.phase is Phase.BODY,
+            )
+        spec = starting.get() if running is None else None
+        run = self.drafter.new_run(ledger, root_id, batch, spec)
+        started = runs.start(session, run, rows)
+        if started is None:
+            if spec is not None and spec.workflow_key is not None:
+                found = runs.find(session, key=(ledger.app, spec.workflow_key))
+                if found is not None:
+                    raise ExistingRun(found)
+            with session.connection.transaction():
+                started = runs.join(session, run, rows)
+        if spec is not None:
+            spec.workflow_id = started[0]
+        return started
+
+    def _record_into(self, ledger: Ledger, into: Target, messages: list[Outgoing]) -> None:
+        """Record messages in a transaction that is open already; where the broker shares it, they are in it, too."""
+        rows = self.drafter.rows(ledger, messages, None, ledger.settings.resend_interval)
+        for chord in self.chords_of(_groups(messages)):
+            chords.record(into.session, replace(chord, workflow_id=into.workflow_id))
+        entries = steps.record(into.session, rows, workflow_id=into.workflow_id, app=ledger.app)
+        into.recorded.update((entry.task_id, entry) for entry in entries)
+        into.messages += messages
+        if self.shared_broker() is not None:
+            into.published += self._publish(into.session, messages, into.recorded)
+
+    def send(self, into: Target) -> None:
+        """Send what was recorded in a transaction that has been committed, or wake who is to take it."""
+        broker = self.shared_broker()
+        if broker is not None:
+            broker.wake(into.published)
+            self._announce_refused(into.messages, into.recorded)
+            return
+        with self.app.producer_or_acquire() as producer:
+            for message in into.messages:
+                message.producer = producer
+            self._send(self._ledger(), into.messages, into.recorded)
+
+    def _send(self, ledger: Ledger, messages: Sequence[Outgoing], recorded: Mapping[str, Recorded]) -> None:
+        waiting = []
+        for message in messages:
+            entry = recorded[message.task_id]
+            if entry.outcome is Outcome.CANCELLED:
+                self.announce_cancelled(message)
+            elif entry.outcome is Outcome.SEND and not message.held:
+                message.headers[SENT] = entry.sent_at.isoformat()
+                waiting.append(message)
+        broker = self.broker()
+        if broker is not None:
+            self._send_together(ledger, broker, waiting)
+            return
+        for position, message in enumerate(waiting):
+            message.options.update(retry=True, retry_policy=ONCE)
+            try:
+                self.publish(message)
+            except broker_errors(message.producer) as error:
+                self._not_taken(ledger, waiting[position:], error)
+                return
+
+    def _send_together(self, ledger: Ledger, broker: Broker, waiting: Sequence[Outgoing]) -> None:
+        """Publish to our own broker, many messages with one statement."""
+        for start in range(0, len(waiting), TOGETHER):
+            try:
+                broker.publish(self._rows(waiting[start : start + TOGETHER]))
+            except StoreUnavailable as error:
+                self._not_taken(ledger, waiting[start:], error)
+                return
+
+    @staticmethod
+    def _not_taken(ledger: Ledger, left: Sequence[Outgoing], error: BaseException) -> None:
+        """The broker is away: what is recorded is sent by a relay."""
+        logger.warning(
+            "the broker does not take messages (%r): %d recorded task(s), first %s[%s], are sent by a worker's relay "
+            "when it does again",
+            error,
+            len(left),
+            left[0].name,
+            left[0].task_id,
+        )
+        task_ids = [message.task_id for message in left]
+        ledger.call(lambda session: steps.unsent(session, task_ids, interval=1.0))
+
+    def announce_cancelled(self, message: Outgoing) -> None:
+        """Store REVOKED for a message of a cancelled run and for everything that would have followed it."""
+        reason = TaskRevokedError("the run was cancelled")
+        followers = {task_id for link in message.chain or () for task_id in signature_ids(link)}
+        for task_id in (message.task_id, *sorted(followers)):
+            self.app.backend.store_result(task_id, reason, states.REVOKED)
+
+
+def _all_inside(messages: Sequence[Outgoing], running: Execution) -> bool:
+    return all(message.root_id == running.guard.root_id for message in messages)
+
+
+def _groups(messages: Sequence[Outgoing]) -> list[str]:
+    return list(dict.fromkeys(str(m.headers["group"]) for m in messages if m.headers.get("group")))
+
+
+def broker_errors(producer: Any) -> tuple[type[BaseException], ...]:
+    """Return the exceptions by which a broker says that it is away."""
+    connection = getattr(producer, "connection", None)
+    own = (*connection.connection_errors, *connection.channel_errors) if connection is not None else ()
+    return (OperationalError, OSError, *own)

@@ -1,0 +1,142 @@
+"""DurableRequest: what the worker's main process does with the message of a durable task.
+
+It enters itself in the ledger's holdings, so that the lease keeper knows what this worker has, and turns the death of
+a pool process into "due at once" instead of a failure.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from datetime import datetime
+from typing import Any
+
+from billiard.einfo import ExceptionWithTraceback  # type: ignore[attr-defined]
+from billiard.exceptions import WorkerLostError
+from celery.worker import request as celery_request
+from celery.worker.state import task_ready
+
+from pgqrs_celery import ids
+from pgqrs_celery.db import Session
+from pgqrs_celery.envelope import SENT, UNDOING
+from pgqrs_celery.exceptions import StoreUnavailable
+from pgqrs_celery.ledger import Ledger
+from pgqrs_celery.store import runs, steps
+from pgqrs_celery.task import ledger_of
+
+__all__ = ["DurableRequest"]
+
+logger = logging.getLogger(__name__)
+
+Request: Any = celery_request.Request
+
+
+class DurableRequest(Request):  # type: ignore[misc]
+    """A request the lease keeper knows about."""
+
+    def __init__(self, message: Any, **options: Any) -> None:
+        super().__init__(message, **options)
+        self._ledger: Ledger = ledger_of(self.app)
+        holdings, key = self._ledger.holdings, id(self)
+        holdings.enter(key, self.id)
+        weakref.finalize(self, holdings.leave, key)
+        sent = self.request_dict.get(SENT)
+        if sent:
+            holdings.received(route(self.delivery_info), datetime.fromisoformat(sent))
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Celery makes a subclass per task with an ``on_success`` of its own that does not call ours."""
+        super().__init_subclass__(**options)
+        own = cls.__dict__.get("on_success")
+        if own is not None:
+
+            def on_success(self: DurableRequest, outcome: Any, **kwargs: Any) -> Any:
+                self._leave()
+                return own(self, outcome, **kwargs)
+
+            cls.on_success = on_success
+
+    def _leave(self) -> None:
+        self._ledger.holdings.leave(id(self))
+
+    def revoked(self) -> Any:
+        """Return whether the task is not to be executed; what it has done is undone all the same."""
+        return False if self.request_dict.get(UNDOING) else super().revoked()
+
+    def terminate(self, pool: Any, signal: Any = None) -> Any:
+        """Kill the process that executes the task, unless it undoes what the task has done."""
+        return None if self.request_dict.get(UNDOING) else super().terminate(pool, signal)
+
+    def on_accepted(self, pid: int, time_accepted: float) -> None:
+        """A process of the pool has begun the task."""
+        self._ledger.holdings.accept(id(self))
+        super().on_accepted(pid, time_accepted)
+
+    def on_timeout(self, soft: bool, timeout: float) -> None:
+        """The task ran out of time."""
+        if not soft:
+            self._leave()
+        super().on_timeout(soft, timeout)
+
+    def on_retry(self, exc_info: Any) -> None:
+        """The task will be retried; the ledger has the retry's message."""
+        self._leave()
+        super().on_retry(exc_info)
+
+    def on_failure(self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> Any:
+        """The task failed, or the process that executed it is gone."""
+        self._leave()
+        exc = exc_info.exception
+        if isinstance(exc, ExceptionWithTraceback):
+            exc = exc.exc
+        announced = self._already_cancelled or self._already_revoked
+        gone = isinstance(exc, WorkerLostError | SystemExit | KeyboardInterrupt)
+        if gone and not announced and self.task.is_recorded(self.request_dict):
+            return self._bereaved(exc)
+        return super().on_failure(exc_info, send_failed_event, return_ok)
+
+    def _bereaved(self, exc: BaseException) -> None:
+        """Make the step due at once and acknowledge: the relay sends it again, the ledger counts the loss.
+
+        So it is where the process died with the message before it asked for the step: a message that no process
+        survives would be sent for ever otherwise.
+
+        Where the database does not answer, the lease runs out by itself.
+        """
+        task_ready(self)
+        settings, worker_id, headers = self._ledger.settings, self._ledger.worker_id, self.request_dict
+
+        def work(session: Session) -> None:
+            if worker_id is not None:
+                steps.bereave(
+                    session,
+                    self.id,
+                    worker_id=worker_id,
+                    max_lost=settings.max_lost,
+                    poison=self._ledger.poison,
+                    generation=ids.generation(headers.get("replaced_task_nesting"), headers.get("retries")),
+                )
+                runs.notify(session, self._ledger.channel)
+
+        logger.warning("task %s[%s]: %s; the step is tried again", self.name, self.id, exc)
+        try:
+            self._ledger.call(work)
+        except StoreUnavailable as error:
+            logger.warning("task %s[%s] is tried again when its lease ends: %s", self.name, self.id, error)
+        if self.task.acks_late:
+            self.acknowledge()
+        self.send_event("task-retried", exception=repr(exc), traceback="")
+
+    def _announce_revoked(self, *args: Any, **kwargs: Any) -> None:
+        self._leave()
+        super()._announce_revoked(*args, **kwargs)
+
+    def _announce_cancelled(self, *args: Any, **kwargs: Any) -> None:
+        self._leave()
+        super()._announce_cancelled(*args, **kwargs)
+
+
+def route(delivery_info: Any) -> str:
+    """Return the queue a message came from, as the ledger names it."""
+    exchange, key = delivery_info.get("exchange"), delivery_info.get("routing_key")
+    return f"{exchange}/{key}" if exchange else str(key)

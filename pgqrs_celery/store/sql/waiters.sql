@@ -1,0 +1,36 @@
+-- register: say that a channel wants to hear of these tasks' results, or still does.
+INSERT INTO {schema}.pgqrs_waiters (task_id, channel)
+SELECT DISTINCT task_id, %(channel)s FROM unnest(%(task_ids)s::text[]) AS t (task_id)
+    ON CONFLICT (task_id, channel) DO UPDATE SET seen_at = {schema}.pgqrs_now();
+
+-- cancel: a channel no longer cares for these tasks.
+DELETE FROM {schema}.pgqrs_waiters WHERE task_id = ANY(%(task_ids)s) AND channel = %(channel)s;
+
+-- forget: nobody will hear of these tasks any more.
+DELETE FROM {schema}.pgqrs_waiters WHERE task_id = ANY(%(task_ids)s);
+
+-- wake: tell whoever waits for a task that its final result is there; nobody needs to wait for it after that.
+WITH woken AS (
+  DELETE FROM {schema}.pgqrs_waiters WHERE task_id = %(task_id)s RETURNING channel
+)
+SELECT pg_notify(w.channel, %(task_id)s::text || chr(31)
+                            || CASE WHEN octet_length(r.data::text) + octet_length(%(task_id)s::text) < 7900
+                                 THEN r.data::text ELSE '' END)
+  FROM woken w LEFT JOIN {schema}.pgqrs_task_results r ON r.task_id = %(task_id)s;
+
+-- nudge: tell whoever waits for a task that its state has changed.
+SELECT pg_notify(w.channel, %(task_id)s::text || chr(31)
+                            || CASE WHEN octet_length(r.data::text) + octet_length(%(task_id)s::text) < 7900
+                                 THEN r.data::text ELSE '' END)
+  FROM {schema}.pgqrs_waiters w LEFT JOIN {schema}.pgqrs_task_results r ON r.task_id = %(task_id)s
+ WHERE w.task_id = %(task_id)s;
+
+-- ping: send a channel an empty notification, to learn whether any arrive.
+SELECT pg_notify(%(channel)s, '');
+
+-- prune: remove what processes that died while waiting have left.
+DELETE FROM {schema}.pgqrs_waiters
+ WHERE (task_id, channel) IN (SELECT task_id, channel FROM {schema}.pgqrs_waiters
+                               WHERE seen_at < {schema}.pgqrs_now() - make_interval(secs => %(age)s)
+                               LIMIT %(limit)s
+                                 FOR UPDATE SKIP LOCKED);

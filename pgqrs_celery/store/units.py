@@ -1,0 +1,97 @@
+"""The unit of work in its common form: one step, at most one message that follows, one round trip.
+
+Everything hangs on the step's lease token; where that is not accepted nothing is written but the end of the step's own
+message, whose work somebody else does. Chord members, several messages, and messages that need the broker's bindings
+take several statements in one transaction instead.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Final
+from uuid import UUID
+
+from pgqrs_celery.db import TRUE, Session
+from pgqrs_celery.store.messages import NewMessage
+from pgqrs_celery.store.results import Outcome
+from pgqrs_celery.store.steps import NewStep, Recorded
+from pgqrs_celery.store.steps import Outcome as Fate
+
+__all__ = ["Finish", "finish"]
+
+
+#: What follows, where nothing does.
+NOTHING: Final[dict[str, Any]] = dict.fromkeys(
+    f"next_{name}" for name in ("task", "step", "name", "kind", "generation", "envelope", "queue", "delay", "sent")
+)
+SILENCE: Final[dict[str, Any]] = dict.fromkeys(
+    ("message_id", "queue", "priority", "ttl", "headers", "properties", "message_body")
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """What became of a unit: whether it counts, what was recorded, and whether its run seems to have ended."""
+
+    accepted: bool
+    recorded: list[Recorded]
+    quiet: bool
+
+
+def finish(
+    session: Session,
+    *,
+    app: str,
+    lease_token: UUID,
+    output: str,
+    outcome: Outcome,
+    following: NewStep | None,
+    message: NewMessage | None,
+    own_message_id: UUID | None,
+) -> Finish:
+    """Commit a unit, then tell who waits for its result. Not inside a transaction: it ends one and begins another."""
+    params = {
+        **outcome.params(),
+        **(_following(following) if following else NOTHING),
+        **(_message(message) if message else SILENCE),
+        "app": app,
+        "lease_token": lease_token,
+        "output": output,
+        "own_message_id": own_message_id,
+    }
+    row = session.quick_row("units.finish", params)
+    assert row is not None
+    status, accepted, recorded_at, quiet = row
+    recorded = []
+    if following is not None:
+        fate = Fate.LOST if status is None else Fate.CANCELLED if status == b"CANCELLED" else Fate.SUPPRESS
+        moment = datetime.fromtimestamp(float(recorded_at or 0), UTC)
+        recorded = [Recorded(following.task_id, Fate.SEND if accepted == TRUE else fate, moment)]
+    return Finish(status is not None, recorded, quiet == TRUE)
+
+
+def _following(step: NewStep) -> dict[str, Any]:
+    return {
+        "next_task": step.task_id,
+        "next_step": step.step_id,
+        "next_name": step.task_name,
+        "next_kind": step.kind,
+        "next_generation": step.generation,
+        "next_envelope": step.message,
+        "next_queue": step.queue,
+        "next_delay": step.delay,
+        "next_sent": step.sent,
+    }
+
+
+def _message(message: NewMessage) -> dict[str, Any]:
+    return {
+        "message_id": message.message_id,
+        "queue": message.routing_key,
+        "priority": message.priority,
+        "ttl": message.ttl,
+        "headers": message.headers,
+        "properties": message.properties,
+        "message_body": message.body,
+    }

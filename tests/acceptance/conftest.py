@@ -1,0 +1,90 @@
+"""The workers the acceptance tests share, one fleet per broker and xdist worker."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from pgqrs_celery import embedded
+from tests.support.fleet import Fleet
+from tests.support.rabbitmq import Address
+from tests.support.scenario import Scenario
+
+#: Everything on one Postgres is what tests use that do not care; others where the protocol is another there.
+BROKERS = ["postgres", "redis", pytest.param("rabbitmq", marks=pytest.mark.rabbitmq)]
+
+#: The numbered database of this session's Redis that its fleets use; tests get theirs from 0 upwards.
+FLEET_DATABASE = 4095
+
+
+@pytest.fixture(scope="session")
+def fleet_scenario(
+    postgres_server: embedded.PostgresServer, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Scenario]:
+    """Make the scenario of a shared fleet: on one Postgres, or on another broker with its results in a Redis."""
+
+    def make(broker: str | None = None, backend: str | None = None) -> Scenario:
+        return Scenario.on_postgres(
+            postgres_server.start().dsn(),
+            schema=f"fleet_{uuid.uuid4().hex[:12]}",
+            directory=str(tmp_path_factory.mktemp("fleet")),
+        ).using(broker, backend)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def postgres_fleet(fleet_scenario: Callable[..., Scenario]) -> Iterator[Fleet]:
+    """Two prefork workers of two processes each, with everything on one Postgres."""
+    with Fleet(fleet_scenario()) as fleet:
+        yield fleet
+
+
+@pytest.fixture(scope="session")
+def redis_fleet(fleet_scenario: Callable[..., Scenario], redis_server: embedded.RedisServer) -> Iterator[Fleet]:
+    """Two prefork workers of two processes each, on Redis."""
+    redis = redis_server.database_url(FLEET_DATABASE)
+    with Fleet(fleet_scenario(redis, redis)) as fleet:
+        yield fleet
+
+
+@pytest.fixture(scope="session")
+def rabbitmq_fleet(
+    fleet_scenario: Callable[..., Scenario], redis_server: embedded.RedisServer, rabbitmq_server: Address
+) -> Iterator[Fleet]:
+    """Two prefork workers of two processes each, on RabbitMQ."""
+    redis = redis_server.database_url(FLEET_DATABASE)
+    with rabbitmq_server.vhost() as url, Fleet(fleet_scenario(url, redis)) as fleet:
+        yield fleet
+
+
+@pytest.fixture(params=["postgres"])
+def fleet(request: pytest.FixtureRequest) -> Fleet:
+    """A shared fleet, complete and ready; on one Postgres, unless the test says on which brokers."""
+    shared: Fleet = request.getfixturevalue(f"{request.param}_fleet")
+    shared.fill()
+    return shared
+
+
+@pytest.fixture
+def scenario(database_dsn: str, schema: str, tmp_path: Path) -> Scenario:
+    """A scenario of the test's own on one Postgres, without workers."""
+    return Scenario.on_postgres(database_dsn, schema=schema, directory=str(tmp_path))
+
+
+@pytest.fixture
+def redis_scenario(scenario: Scenario, redis_url: str) -> Scenario:
+    """A scenario of the test's own on Redis."""
+    return scenario.using(redis_url, redis_url)
+
+
+@pytest.fixture(params=BROKERS)
+def each_scenario(request: pytest.FixtureRequest, scenario: Scenario) -> Scenario:
+    """A scenario of the test's own on each broker."""
+    if request.param == "postgres":
+        return scenario
+    redis = request.getfixturevalue("redis_url")
+    return scenario.using(redis if request.param == "redis" else request.getfixturevalue("rabbitmq_url"), redis)

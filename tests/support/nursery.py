@@ -1,0 +1,93 @@
+"""Python programs without the wait for their imports: forked from a process that has made the slow ones already.
+
+That process (multiprocessing's fork server) has loaded libraries, and nothing of the package under test; what it forks
+runs the same code in a session of its own as ``python -m`` would.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import multiprocessing
+import os
+import runpy
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from functools import cache
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+from typing import Any
+
+__all__ = ["ForkedProgram"]
+
+#: What takes most of a worker's start; without Celery's own command, which would load that of the package under test.
+LIBRARIES = [
+    *("celery.app.amqp", "celery.app.base", "celery.app.control", "celery.app.log", "celery.apps.worker"),
+    *("celery.backends.redis", "celery.bin.base", "celery.concurrency.prefork", "celery.concurrency.thread"),
+    *("celery.concurrency.solo", "celery.events.state", "celery.worker.autoscale", "celery.worker.consumer"),
+    *("celery.worker.control", "celery.worker.strategy", "click_repl", "flower.command", "kombu.transport.pyamqp"),
+    *("kombu.transport.redis", "psycopg", "redis.asyncio", "sqlalchemy.dialects.postgresql", "sqlalchemy.orm"),
+]
+
+PR_SET_PDEATHSIG = 1
+
+
+@cache
+def nursery() -> ForkServerContext:
+    """Return the context of this process's fork server."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(LIBRARIES)
+    return context
+
+
+class ForkedProgram:
+    """A running ``python -m module arguments``, with as much of ``subprocess.Popen`` as tests use."""
+
+    def __init__(
+        self, module: str, arguments: Sequence[str], *, cwd: Path, env: Mapping[str, str], output: Path
+    ) -> None:
+        self._process: Any = nursery().Process(target=_become, args=(module, list(arguments), cwd, dict(env), output))
+        self._process.start()
+        self.pid: int = self._process.pid
+
+    def poll(self) -> int | None:
+        """Return the exit status, None while it runs."""
+        status: int | None = self._process.exitcode
+        return status
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for the end and return the exit status; raises ``TimeoutExpired``."""
+        self._process.join(timeout)
+        status = self.poll()
+        if status is None:
+            raise subprocess.TimeoutExpired(str(self._process), timeout or 0.0)
+        return status
+
+    def send_signal(self, number: signal.Signals) -> None:
+        """Send a signal to it, unless it has ended."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+
+def _become(module: str, arguments: Sequence[str], cwd: Path, env: Mapping[str, str], output: Path) -> None:
+    """Make this fork what a program started from a shell would be, and run the module."""
+    os.setsid()
+    if sys.platform == "linux":  # the nursery ends with the tests, however they end
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    log = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    for descriptor, standard in ((nothing, 0), (log, 1), (log, 2)):
+        os.dup2(descriptor, standard)
+    for descriptor in {nothing, log} - {0, 1, 2}:
+        os.close(descriptor)
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(cwd)
+    sys.path.insert(0, str(cwd))
+    sys.argv = [module, *arguments]
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    finally:
+        atexit._run_exitfuncs()  # multiprocessing leaves them out
