@@ -26,13 +26,13 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from pgqrs_celery import embedded
-from tests.conformance.suite import EXCLUDED, FILES, deselected, fetch, unpack
+from tests.conformance.suite import EXCLUDED, FILES, deselected, unpack
+from tests.support.sdist import archive
 
 #: Stands for the embedded Postgres that the results go to.
 HERE = "pgqrs://"
 
 ROOT = Path(__file__).resolve().parents[2]
-CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "pgqrs-celery" / "conformance"
 
 
 @dataclass
@@ -83,7 +83,7 @@ def run(broker: str, backend: str, notes: str, options: argparse.Namespace) -> R
     }
     with tempfile.TemporaryDirectory(prefix="pgqrs-conformance-") as directory:
         target = Path(directory)
-        opened = unpack(fetch(CACHE), target)
+        opened = unpack(archive("celery"), target)
         name = f"{broker.split(':')[0]} / {backend.split(':')[0]}"
         print(f"== {name}: {opened} conditions on the backend lifted", flush=True)
         command = [sys.executable, "-m", "pytest", "-q", "-rfE", "--timeout", str(options.timeout)]

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import re
 import shutil
-import subprocess
-import sys
 import tarfile
-import tempfile
-from importlib.metadata import version
 from pathlib import Path
 from typing import Final
 
-__all__ = ["EXCLUDED", "FILES", "deselected", "fetch", "unpack"]
+__all__ = ["EXCLUDED", "FILES", "deselected", "unpack"]
 
 #: The parts of ``t/integration`` that are about results, canvases, tasks and workers.
 FILES: Final = (
@@ -39,28 +35,6 @@ DOORS: Final = (
     ),
     (re.compile(r"not isinstance\(manager\.app\.backend, BaseKeyValueStoreBackend\)"), "False"),
 )
-
-
-def fetch(cache: Path) -> Path:
-    """Return the source distribution of the installed Celery, downloaded through pip unless the cache has it."""
-    release = version("celery")
-    cache.mkdir(parents=True, exist_ok=True)
-    present = sorted(cache.glob(f"celery-{release}.tar.gz"))
-    if present:
-        return present[0]
-    command = ["-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:", f"celery=={release}"]
-    with tempfile.TemporaryDirectory(dir=cache) as directory:
-        subprocess.run([python_with_pip(), *command, "--dest", directory], check=True)
-        (sdist,) = Path(directory).glob("celery-*.tar.gz")
-        return sdist.rename(cache / sdist.name)
-
-
-def python_with_pip() -> str:
-    """Return an interpreter that has pip: this one, or the one its virtual environment was made from."""
-    for python in (sys.executable, getattr(sys, "_base_executable", sys.executable)):
-        if subprocess.run([python, "-m", "pip", "--version"], capture_output=True, check=False).returncode == 0:
-            return python
-    raise SystemExit(f"{sys.executable} has no pip to fetch Celery's suite with; python3 -m ensurepip would install it")
 
 
 def unpack(sdist: Path, target: Path) -> int:

@@ -118,7 +118,9 @@ class Fleet:
     def expect(self, counts: Mapping[str, int], kind: str = "body") -> None:
         """Check how often tasks had their effect, by task id; and that it stays so, when the fleet ends."""
         log = self.scenario.log
-        assert {task_id: log.count(task_id, kind) for task_id in counts} == dict(counts)
+        found = {task_id: log.count(task_id, kind) for task_id in counts}
+        effects = [effect for effect in log.read() if found.get(effect.task_id, 0) != counts.get(effect.task_id, 0)]
+        assert found == dict(counts), f"found {found}, expected {dict(counts)}; what was noted: {effects}"
         self._expected |= {task_id: (kind, count) for task_id, count in counts.items()}
 
     def audit(self) -> None:
