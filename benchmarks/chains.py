@@ -29,7 +29,7 @@ from benchmarks.support.arena import SIDES, Contestant, Servers, servers
 from benchmarks.support.measure import Usage, machine, spread
 from examples.support import Entry, wait_for
 
-PARTS = ("client", "worker", "postgres", "redis")
+PARTS = ("client", "main", "pool", "postgres", "redis")
 
 
 @dataclass(slots=True)

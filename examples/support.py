@@ -55,7 +55,7 @@ class Worker:
         self.name = name
         self._log = tempfile.NamedTemporaryFile(prefix=f"{name}-", suffix=".log")  # noqa: SIM115
         command = [sys.executable, "-m", "celery", "-A", app.main, "worker", f"--hostname={name}@%h"]
-        command += [f"--concurrency={concurrency}", "--without-gossip", "--without-mingle", "--loglevel=INFO", *options]
+        command += [f"--concurrency={concurrency}", "--without-gossip", "--without-mingle", *(options or ("--loglevel=INFO",))]
         # On Linux the worker is told to stop when the example is killed.
         leash = [sys.executable, "-I", "-S", supervisor.__file__, "leash", str(os.getpid())]
         self._process = subprocess.Popen(

@@ -65,7 +65,7 @@ def adoption(task: Task[Any, Any], request: Any, ledger: Ledger) -> Adoption:
         step_id=ids.step_id_for(task.name, request.id),
         task_name=task.name,
         generation=outgoing.generation,
-        message=outgoing.envelope(None).dump(task.serializer or "json"),
+        message=outgoing.envelope(None, task.serializer or "json"),
         queue=queue,
         delay=None,
         sent=True,

@@ -11,7 +11,7 @@ from celery import Celery
 
 from pgqrs_celery import ids
 from pgqrs_celery.durability import kind_of, signature_ids
-from pgqrs_celery.envelope import PLAN, Plan, dump_plan, split_plan
+from pgqrs_celery.envelope import PLAN, dump_plan, split_plan
 from pgqrs_celery.execution import Execution
 from pgqrs_celery.ledger import Ledger
 from pgqrs_celery.naming import canvas_name, canvas_result
@@ -84,16 +84,12 @@ class Drafter:
             step_id=self._step_id(message, running, fixed),
             task_name=message.name,
             generation=message.generation,
-            message=self._dump(message, plan, serializer),
+            message=message.envelope(plan, serializer),
             queue=message.queue or self.app.conf.task_default_queue,
             delay=message.delay if held else interval,
             sent=not held,
             kind=kind_of(self.app, message.name, message.headers),
         )
-
-    @staticmethod
-    def _dump(message: Outgoing, plan: Plan | None, serializer: str) -> str:
-        return message.envelope(plan).dump(serializer)
 
     @staticmethod
     def _step_id(message: Outgoing, running: Execution | None, fixed: set[str]) -> str:

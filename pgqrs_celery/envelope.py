@@ -22,7 +22,7 @@ from kombu.serialization import dumps, loads
 from pgqrs_celery.exceptions import StepError
 from pgqrs_celery.ledger import Values
 
-__all__ = ["LONG", "MARKER", "PLAN", "SENT", "UNDOING", "WAITER", "Envelope", "Plan", "split_plan"]
+__all__ = ["LONG", "MARKER", "PLAN", "SENT", "UNDOING", "WAITER", "Content", "Envelope", "Plan", "split_plan"]
 
 #: Header that makes a message durable where its task's class is not known; a string is the step's id.
 MARKER: Final = "pgqrs"
@@ -42,6 +42,10 @@ LONG: Final = 20
 NUL: Final = "\\u0000"
 
 CHOSEN: Final = ("queue", "exchange", "routing_key", "priority", "exchange_type", "delivery_mode", "compression")
+
+
+#: Content type, encoding and text of a serialized body.
+Content = tuple[str, str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +68,15 @@ class Envelope:
     plan: Plan | None = None
     serializer: str = "json"
 
-    def dump(self, serializer: str) -> str:
-        """Return the envelope as JSON text; raises kombu's ``EncodeError`` where the body cannot be written."""
-        args, kwargs, embed = self.body
-        if self.plan:
-            embed = {**embed, "chain": None}
-        content_type, encoding, data = dumps((args, kwargs, embed), serializer=serializer)
+    def dump(self, serializer: str, content: Content | None = None) -> str:
+        """Return the envelope as JSON text; raises kombu's ``EncodeError`` where the body cannot be written.
+
+        ``content`` is the body, where it has been serialized before.
+        """
+        if content is None:
+            args, kwargs, embed = self.body
+            content = dumps((args, kwargs, {**embed, "chain": None} if self.plan else embed), serializer=serializer)
+        content_type, encoding, data = content
         binary = isinstance(data, bytes)
         headers: Any = {k: v for k, v in self.headers.items() if v is not None and k not in (SENT, PLAN)}
         parts = {

@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from kombu.serialization import dumps
+
 from pgqrs_celery import ids
-from pgqrs_celery.envelope import MARKER, Envelope, Plan
+from pgqrs_celery.envelope import MARKER, Content, Envelope, Plan
 
 __all__ = ["Outgoing", "fix_links"]
 
@@ -30,6 +32,8 @@ class Outgoing:
     delay: float | None = None
     plan_owner: str | None = None
     durable: bool = True
+    #: The serialized body: the row and the message hold the same text.
+    _content: tuple[str, Content] | None = None
 
     @classmethod
     def plain(cls, name: str, headers: Mapping[str, Any], body: tuple[Any, Any, dict[str, Any]]) -> Outgoing:
@@ -78,14 +82,25 @@ class Outgoing:
             return None
         return f"{getattr(exchange, 'name', exchange)}/{self.options.get('routing_key') or ''}"
 
+    def content(self, serializer: str) -> Content:
+        """Return content type, encoding and text of the body; raises kombu's ``EncodeError`` where it has none."""
+        if self._content is None or self._content[0] != serializer:
+            self._content = (serializer, dumps(self.body, serializer=serializer))
+        return self._content[1]
+
+    def forget_content(self) -> None:
+        """Have the body serialized anew: somebody may have changed what is in it."""
+        self._content = None
+
     def as_tuple(self) -> tuple[dict[str, Any], dict[str, Any], Any, Any]:
         """Return the message as Celery's sender takes it."""
         return self.headers, self.properties, self.body, self.sent_event
 
-    def envelope(self, plan: Plan | None) -> Envelope:
-        """Return what the ledger stores."""
+    def envelope(self, plan: Plan | None, serializer: str) -> str:
+        """Return what the ledger stores: an envelope as JSON text."""
         properties = {k: v for k, v in self.properties.items() if k != "expiration"}
-        return Envelope(self.name, self.headers, properties, self.body, self.chosen, plan)
+        envelope = Envelope(self.name, self.headers, properties, self.body, self.chosen, plan)
+        return envelope.dump(serializer, None if plan else self.content(serializer))
 
 
 def fix_links(embed: Mapping[str, Any], owner: str) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from pgqrs_celery.execution import Deferred, Execution, Phase
 from pgqrs_celery.ledger import Ledger
 from pgqrs_celery.mixture import await_links, refuse
 from pgqrs_celery.outgoing import Outgoing
+from pgqrs_celery.posting import Poster
 from pgqrs_celery.store import chords, runs, steps
 from pgqrs_celery.store import messages as sent
 from pgqrs_celery.store.chords import Chord
@@ -48,7 +49,7 @@ class Recorder:
         self.app = app
         self._ledger = ledger
         self.drafter = Drafter(app)
-        self.publish: Callable[[Outgoing], Any]
+        self.publish: Callable[..., Any]
         #: Returns, once, the chords whose headers have these group ids.
         self.chords_of: Callable[[list[str]], list[Chord]]
         #: Returns the broker where it is ours, so that many messages can be published with one statement.
@@ -164,17 +165,13 @@ class Recorder:
             return self._rows(accepted)
 
     def _rows(self, outgoing: Iterable[Outgoing]) -> list[NewMessage]:
-        """Return messages as rows of our own broker."""
-        box = Box()
-        try:
-            with outbox.collecting(box):
-                for message in outgoing:
-                    message.options.update(retry=True, retry_policy=ONCE)
-                    self.publish(message)
-        except OperationalError as error:
-            if isinstance(error.__cause__, StoreUnavailable):
-                raise error.__cause__ from None
-            raise
+        """Return messages as rows of our own broker; raises ``StoreUnavailable``."""
+        box, broker = Box(), self.broker()
+        assert broker is not None
+        with outbox.collecting(box):
+            for message in outgoing:
+                message.options["retry"] = False  # nothing is sent yet
+                self.publish(message, Poster(broker, box, message))
         return box.messages
 
     def _publish(

@@ -158,7 +158,7 @@ class Contestant:
         postgres, redis = self.servers.postgres.postmaster_pid, self.servers.redis.pid
         assert postgres is not None
         assert redis is not None
-        return Meter({"worker": self.workers[0].pid, "postgres": postgres, "redis": redis})
+        return Meter(self.workers[0].pid, {"postgres": postgres, "redis": redis})
 
     def check(self, runs: int) -> str:
         """Return what the ledger says about all runs so far; raises ``AssertionError`` where something is missing."""

@@ -27,6 +27,12 @@ def tree_seconds(root: int) -> float:
     return total
 
 
+def process_seconds(pid: int) -> float:
+    """Return the processor seconds a process has used itself."""
+    times = psutil.Process(pid).cpu_times()
+    return float(times.user + times.system)
+
+
 def own_seconds() -> float:
     """Return the processor seconds of this process alone, without the servers it has started."""
     times = os.times()
@@ -53,15 +59,21 @@ class Usage:
 
 
 class Meter:
-    """Reads the processor time of this process and of some process trees, twice."""
+    """Reads the processor time of this process, of a worker's two parts and of some process trees, twice.
 
-    def __init__(self, trees: Mapping[str, int]) -> None:
+    A worker's ``main`` process and its ``pool`` are two parts: one receives messages, the other executes them.
+    """
+
+    def __init__(self, worker: int, trees: Mapping[str, int]) -> None:
+        self._worker = worker
         self._trees = trees
         self._before = self._read()
         self._machine = machine_seconds()
 
     def _read(self) -> dict[str, float]:
-        return {"client": own_seconds(), **{name: tree_seconds(root) for name, root in self._trees.items()}}
+        main = process_seconds(self._worker)
+        parts = {"client": own_seconds(), "main": main, "pool": tree_seconds(self._worker) - main}
+        return {**parts, **{name: tree_seconds(root) for name, root in self._trees.items()}}
 
     def stop(self) -> Usage:
         """Return what was used since this meter was made."""

@@ -45,6 +45,9 @@ class Broker:
         self.database = database_for(dsn, settings)
         #: Exchanges that have a binding, as a consumer of this process saw a moment ago; None where nobody looks.
         self.bound_exchanges: frozenset[str] | None = None
+        #: The queues that senders of this process have declared, by their ids; kept, so that no id is another's. A
+        #: queue is a row, which outlives connections and forks.
+        self.declared: dict[int, Any] = {}
         self._checked = False
         self._checking = threading.Lock()
 
