@@ -66,6 +66,7 @@ class Pgqrs:
         #: Waits as links of a canvas: ``pgqrs.sleep.si(hours=6)``, ``pgqrs.wait_for_event.si("approved")``.
         self.sleep, self.wait_for_event = make_waits(self)
         recorder.publish = self.publish = self._seam.publish
+        recorder.own_producer = self._seam.own_producer
         self._seam.install()
         app.steps["worker"].add(DurabilityStep)
         app.steps["consumer"].add(GiveBackStep)

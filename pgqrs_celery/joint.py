@@ -92,7 +92,7 @@ class Joint:
         if deferred.messages:
             recorder.send_deferred(deferred, answer.recorded, published=self.broker is not None)
         if answer.quiet:
-            ledger.call(lambda session: runs.close_if_quiet(session, running.guard.workflow_id, looked=True))
+            ledger.call(lambda session: runs.close_if_quiet(session, running.guard.workflow_id))
         return answer.complete
 
     def _prepare(

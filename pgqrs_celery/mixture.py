@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from celery import Celery
 
 from pgqrs_celery.db import Session
 from pgqrs_celery.durability import durable_heads, has_durable_task, links
+from pgqrs_celery.envelope import SENT
 from pgqrs_celery.exceptions import NotDurable, PlainTaskInDurableCanvas
 from pgqrs_celery.execution import Execution
 from pgqrs_celery.ledger import Ledger
@@ -19,8 +21,13 @@ from pgqrs_celery.store.steps import NewStep
 __all__ = ["await_links", "refuse"]
 
 
-def refuse(app: Celery, ledger: Ledger, message: Outgoing, *, chords: Callable[[], bool]) -> None:
-    """Raise where a canvas cannot be durable; nothing has been recorded or sent yet."""
+def refuse(
+    app: Celery, ledger: Ledger, message: Outgoing, running: Execution | None, *, chords: Callable[[], bool]
+) -> None:
+    """Raise where a canvas cannot be durable; nothing has been recorded or sent yet.
+
+    The rest of a chain was looked at when its first link was sent.
+    """
     if message.body[2].get("chord") and not chords():
         raise NotDurable(
             f"task {message.name}[{message.task_id}] belongs to a chord, and the result backend "
@@ -28,7 +35,7 @@ def refuse(app: Celery, ledger: Ledger, message: Outgoing, *, chords: Callable[[
             'backend="pgqrs+postgresql://…" with the ledger\'s own database and schema'
         )
     policy = ledger.settings.plain_links
-    if policy == "allow" or not message.chain:
+    if policy == "allow" or not message.chain or (running is not None and _is_rest(message.chain, running)):
         return
     for link in message.chain:
         for simple in links(link):
@@ -42,6 +49,12 @@ def refuse(app: Celery, ledger: Ledger, message: Outgoing, *, chords: Callable[[
             if policy == "error":
                 raise PlainTaskInDurableCanvas(text)
             warnings.warn(text, stacklevel=2)
+
+
+def _is_rest(chain: Sequence[Any], running: Execution) -> bool:
+    """Whether a chain is what Celery's tracer leaves of that of the request: the very same objects but the last."""
+    whole = running.request.chain
+    return bool(whole and running.request.get(SENT)) and len(chain) == len(whole) - 1 and chain[-1] is whole[-2]
 
 
 def await_links(app: Celery, ledger: Ledger, passing: Outgoing, running: Execution | None) -> None:

@@ -77,14 +77,16 @@ def execute(connection: psycopg.Connection[Any], name: str, text: str, params: M
         prepared = _prepared[connection] = Prepared(pgconn.socket)
     values: list[bytes | None] = []
     formats: list[int] | None = None
-    for position, key in enumerate(statement.names):
+    for key in statement.names:
         value = params[key]
-        if isinstance(value, bytes):
+        if value is None:
+            values.append(None)
+        elif isinstance(value, bytes):
             formats = formats or [Format.TEXT] * len(statement.names)
-            formats[position] = Format.BINARY
+            formats[len(values)] = Format.BINARY
             values.append(value)
         else:
-            values.append(None if value is None else as_text(value))
+            values.append(as_text(value))
     try:
         return _executed(pgconn, prepared, statement, values, formats)
     except psycopg.errors.InvalidSqlStatementName:

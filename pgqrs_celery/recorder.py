@@ -54,6 +54,8 @@ class Recorder:
         self.chords_of: Callable[[list[str]], list[Chord]]
         #: Returns the broker where it is ours, so that many messages can be published with one statement.
         self.broker: Callable[[], Broker | None]
+        #: Returns this thread's producer for that broker, where there is one.
+        self.own_producer: Callable[[], Any]
         #: Returns it where it also is in the ledger's database: messages are published in the transaction that records.
         self.shared_broker: Callable[[], Broker | None]
         #: Whether the result backend can complete a durable chord.
@@ -68,7 +70,7 @@ class Recorder:
         if not durable or (running is not None and running.phase is Phase.LOST):
             return
         for message in durable:
-            refuse(self.app, ledger, message, chords=self.has_chords)
+            refuse(self.app, ledger, message, running, chords=self.has_chords)
         into = target.get()
         if into is not None:
             self._record_into(ledger, into, durable)
@@ -154,15 +156,14 @@ class Recorder:
 
         Raises ``StoreUnavailable``: a producer that is used for the first time connects, and declares its queue.
         """
-        with self.app.producer_or_acquire() as producer:
-            accepted = []
-            for message in outgoing:
-                entry = recorded[message.task_id]
-                if entry.outcome is Outcome.SEND and not message.held:
-                    message.producer = producer
-                    message.headers[SENT] = entry.sent_at.isoformat()
-                    accepted.append(message)
-            return self._rows(accepted)
+        accepted, producer = [], self.own_producer()
+        for message in outgoing:
+            entry = recorded[message.task_id]
+            if entry.outcome is Outcome.SEND and not message.held:
+                message.producer = producer
+                message.headers[SENT] = entry.sent_at.isoformat()
+                accepted.append(message)
+        return self._rows(accepted)
 
     def _rows(self, outgoing: Iterable[Outgoing]) -> list[NewMessage]:
         """Return messages as rows of our own broker; raises ``StoreUnavailable``."""

@@ -118,7 +118,7 @@ class SendSeam:
             # Messages are published when the outermost use ends; a producer acquired here would be gone by then.
             yield producer if producer is not None else outer.producer
             return
-        own = self._own_producer() if producer is None else None
+        own = self.own_producer() if producer is None else None
         with self._producer_or_acquire(producer) if own is None else nullcontext(own) as lent:
             scope = Scope(lent)
             token = _scope.set(scope)
@@ -131,7 +131,7 @@ class SendSeam:
             if scope.plain:
                 self._publish_together(scope)
 
-    def _own_producer(self) -> Any:
+    def own_producer(self) -> Any:
         """Return this thread's producer for our own broker: it has no connection to Postgres of its own.
 
         A pool of producers, made for brokers that have one, costs more per message than the message. One for all

@@ -102,31 +102,26 @@ def begin(session: Session, workflow_id: int) -> None:
     session.run("runs.begin", {"workflow_id": workflow_id})
 
 
-def close_if_quiet(session: Session, workflow_id: int, *, looked: bool = False) -> str | None:
+def close_if_quiet(session: Session, workflow_id: int) -> str | None:
     """Close a run nothing of which is open: an unlocked look, then lock, then look again in the next statement.
 
-    ``looked`` says that the first look has been made. Returns the final status if this call closed it. Not to be
-    called inside a transaction: the look must have a snapshot of its own, taken after the commit of the hand-off that
-    preceded it.
+    Returns the final status if this call closed it. Not to be called inside a transaction: the look must have a
+    snapshot of its own, taken after the commit of the hand-off that preceded it.
     """
+    row = session.row("runs.close_if_quiet", {"workflow_id": workflow_id})
+    assert row is not None
+    quiet, closed = row
+    return close_awaited(session, workflow_id) if quiet and closed is None else closed
+
+
+def close_awaited(session: Session, workflow_id: int) -> str | None:
+    """Close a quiet run, and wake the function that waits for it in the same transaction."""
     run = {"workflow_id": workflow_id}
-    if not looked:
-        quiet = session.row("runs.quiet", run)
-        if not quiet or not quiet[0]:
-            return None
-    with session.flush(), session.committed():
-        session.send("runs.lock_open", run)
-        answer = session.send("runs.close", {**run, "parents": False})
-    closed = answer.fetchone()
-    if closed is not None:
-        return str(closed[0])
-    # It is closed already, not quiet after all, or the run of a function that is to be woken in the same transaction.
     with session.connection.transaction():
-        if session.row("runs.lock_open", run) is None:
-            return None
-        closed = session.row("runs.close", {**run, "parents": True})
-        if closed and closed[1] is not None:
-            inner.wake_waiter(session, closed[1])
+        locked = session.row("runs.lock_open", run)
+        closed = session.row("runs.close", run) if locked is not None else None
+        if locked and closed and closed[0] is not None and locked[0] is not None:
+            inner.wake_waiter(session, locked[0])
     return closed[0] if closed else None
 
 

@@ -264,19 +264,17 @@ def acquire(
     May commit asynchronously: if a crash of Postgres loses it, the random token makes every later write of the
     owner who was told EXECUTE fail.
     """
-    row = session.quick_row(
-        "steps.acquire",
-        {
-            "task_id": task_id,
-            "generation": generation,
-            "lease_token": lease_token,
-            "worker_id": worker_id,
-            "lease": lease,
-            "max_lost": max_lost,
-            "poison": poison,
-            "may_judge": may_judge,
-        },
-    )
+    params = {
+        "task_id": task_id,
+        "generation": generation,
+        "lease_token": lease_token,
+        "worker_id": worker_id,
+        "lease": lease,
+        "max_lost": max_lost,
+        "poison": poison,
+        "may_judge": may_judge,
+    }
+    row = session.quick_row("steps.begin", params) or session.quick_row("steps.acquire", params)
     return None if row is None else _acquired(row)
 
 

@@ -32,7 +32,7 @@ SILENCE: Final[dict[str, Any]] = dict.fromkeys(
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """What became of a unit: whether it counts, what was recorded, and whether its run seems to have ended."""
+    """What became of a unit: whether it counts, what was recorded, and whether its run is still to be closed."""
 
     accepted: bool
     recorded: list[Recorded]
@@ -50,7 +50,10 @@ def finish(
     message: NewMessage | None,
     own_message_id: UUID | None,
 ) -> Finish:
-    """Commit a unit, then tell who waits for its result. Not inside a transaction: it ends one and begins another."""
+    """Commit a unit, tell who waits for its result, and close its run if that has ended.
+
+    Not inside a transaction: it ends one and begins others. A run that a function waits for is left to be closed.
+    """
     params = {
         **outcome.params(),
         **(_following(following) if following else NOTHING),
@@ -62,13 +65,13 @@ def finish(
     }
     row = session.quick_row("units.finish", params)
     assert row is not None
-    status, accepted, recorded_at, quiet = row
+    status, accepted, recorded_at, quiet, closed = row
     recorded = []
     if following is not None:
         fate = Fate.LOST if status is None else Fate.CANCELLED if status == b"CANCELLED" else Fate.SUPPRESS
         moment = datetime.fromtimestamp(float(recorded_at or 0), UTC)
         recorded = [Recorded(following.task_id, Fate.SEND if accepted == TRUE else fate, moment)]
-    return Finish(status is not None, recorded, quiet == TRUE)
+    return Finish(status is not None, recorded, quiet == TRUE and closed is None)
 
 
 def _following(step: NewStep) -> dict[str, Any]:

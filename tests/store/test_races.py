@@ -229,7 +229,7 @@ def close_in_two(session: Session, workflow_id: int) -> Iterator[str | None]:
             yield None
             return
         yield "locked"
-        closed = session.row("runs.close", {"workflow_id": workflow_id, "parents": True})
+        closed = session.row("runs.close", {"workflow_id": workflow_id})
         yield "written"
     yield closed[0] if closed else None
 

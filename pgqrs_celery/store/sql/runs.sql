@@ -69,42 +69,17 @@ UPDATE {schema}.pgqrs_workflows
 SELECT NOT EXISTS (SELECT FROM {schema}.pgqrs_workflow_steps WHERE workflow_id = %(workflow_id)s AND open)
    AND NOT EXISTS (SELECT FROM {schema}.pgqrs_chords WHERE workflow_id = %(workflow_id)s AND open);
 
+-- close_if_quiet: look without a lock, lock, look again, close; a run that somebody waits for is left open.
+CALL {schema}.pgqrs_close_if_quiet(%(workflow_id)s::bigint, NULL, NULL);
+
 -- lock_open: lock a run that may be closed. Nobody waits for the disk: a close that is lost is made again by a relay.
-SELECT w.workflow_id
+SELECT w.parent_task_id
   FROM {schema}.pgqrs_workflows w, (SELECT set_config('synchronous_commit', 'off', true)) AS c
  WHERE w.workflow_id = %(workflow_id)s AND w.status IN ('QUEUED', 'RUNNING')
    FOR NO KEY UPDATE OF w;
 
--- close: close a locked run, unless it is closed or something of it is open after all; canvas and function steps decide.
-WITH verdict AS MATERIALIZED (
-  SELECT CASE WHEN bool_or(s.status = 'FAILED' OR s.status = 'SUCCESS' AND s.error IS NOT NULL) THEN 'FAILED'
-              WHEN bool_or(s.status = 'CANCELLED') THEN 'CANCELLED'
-              ELSE 'SUCCESS' END AS status
-    FROM {schema}.pgqrs_workflow_steps s
-   WHERE s.workflow_id = %(workflow_id)s AND s.kind <> 'inner'
-), cause AS (
-  SELECT json_build_object('step_id', s.step_id, 'task_id', s.task_id,
-                           'hand_off', s.status = 'SUCCESS', 'error', s.error) AS error
-    FROM {schema}.pgqrs_workflow_steps s, verdict v
-   WHERE v.status = 'FAILED' AND s.workflow_id = %(workflow_id)s AND s.kind <> 'inner'
-     AND (s.status = 'FAILED' OR s.status = 'SUCCESS' AND s.error IS NOT NULL)
-   ORDER BY s.completed_at
-   LIMIT 1
-), last AS (
-  SELECT s.output FROM {schema}.pgqrs_workflow_steps s, verdict v
-   WHERE v.status = 'SUCCESS' AND s.workflow_id = %(workflow_id)s AND s.kind <> 'inner'
-     AND s.task_id = (SELECT w.result -> 0 ->> 0 FROM {schema}.pgqrs_workflows w WHERE w.workflow_id = %(workflow_id)s)
-)
-UPDATE {schema}.pgqrs_workflows w
-   SET status = v.status, error = (SELECT error FROM cause), output = (SELECT output FROM last),
-       completed_at = {schema}.pgqrs_now(), updated_at = {schema}.pgqrs_now(),
-       started_at = coalesce(w.started_at, {schema}.pgqrs_now())
-  FROM verdict v
- WHERE w.workflow_id = %(workflow_id)s AND w.status IN ('QUEUED', 'RUNNING')
-   AND (w.parent_task_id IS NULL OR %(parents)s)
-   AND NOT EXISTS (SELECT FROM {schema}.pgqrs_workflow_steps s WHERE s.workflow_id = %(workflow_id)s AND s.open)
-   AND NOT EXISTS (SELECT FROM {schema}.pgqrs_chords c WHERE c.workflow_id = %(workflow_id)s AND c.open)
-RETURNING w.status, w.parent_task_id;
+-- close: close a locked run, unless something of it is open after all; returns how it has ended.
+SELECT {schema}.pgqrs_close(%(workflow_id)s::bigint);
 
 -- stuck: of the next open runs, those nothing of which is open: their last worker died before its look.
 SELECT w.workflow_id, w.updated_at < {schema}.pgqrs_now() - make_interval(secs => %(age)s)

@@ -50,6 +50,22 @@ SELECT task_id, NULL, {schema}.pgqrs_now() FROM inserted
 UNION ALL
 SELECT task_id, NULL, {schema}.pgqrs_now() FROM updated;
 
+-- begin: take a step that waits for just this message, in a run that goes on: what acquire says to nearly everybody.
+UPDATE {schema}.pgqrs_workflow_steps s
+   SET status = 'RUNNING', generation = %(generation)s, fence = s.fence + 1, lease_token = %(lease_token)s,
+       attempt = s.attempt + (s.lease_token IS DISTINCT FROM %(lease_token)s)::int,
+       worker_id = %(worker_id)s, due_at = {schema}.pgqrs_now() + make_interval(secs => %(lease)s),
+       started_at = {schema}.pgqrs_now(), updated_at = {schema}.pgqrs_now()
+  FROM {schema}.pgqrs_workflows w, (SELECT set_config('synchronous_commit', 'off', true)) AS c
+ WHERE s.task_id = %(task_id)s AND s.status = 'QUEUED' AND s.generation = %(generation)s AND s.undo IS NULL
+   AND w.workflow_id = s.workflow_id
+   -- A CASE, because the bare conditions would have the run looked for in the index of the open ones.
+   AND CASE w.status WHEN 'RUNNING' THEN w.paused_at IS NULL
+                                         AND w.updated_at >= {schema}.pgqrs_now() - interval '1 minute' END
+RETURNING 'EXECUTE' AS verdict, s.workflow_id, s.step_id, 'QUEUED' AS status, NULL AS output, s.error,
+          w.name AS workflow_name, w.root_id, false AS touch, s.generation, s.fence, s.attempt, s.lost,
+          extract(epoch FROM {schema}.pgqrs_now()) AS now;
+
 -- acquire: ask for the right to execute a step; takes it where the verdict is EXECUTE.
 WITH step AS MATERIALIZED (
   SELECT s.workflow_id, s.step_id, s.status, s.open, s.generation, s.lease_token, s.due_at, s.lost, s.undo,

@@ -6,4 +6,4 @@ CALL {schema}.pgqrs_finish_step(
   %(own_message_id)s::uuid, %(message_id)s::uuid, %(queue)s, %(priority)s::int, %(ttl)s::float8,
   %(headers)s, %(properties)s, %(message_body)b::bytea,
   %(status)s, %(data)s::json, %(body)b::bytea, %(format)s, %(expires)s::float8,
-  NULL, NULL, NULL, NULL);
+  NULL, NULL, NULL, NULL, NULL);
