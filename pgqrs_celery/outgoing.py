@@ -88,10 +88,6 @@ class Outgoing:
             self._content = (serializer, dumps(self.body, serializer=serializer))
         return self._content[1]
 
-    def forget_content(self) -> None:
-        """Have the body serialized anew: somebody may have changed what is in it."""
-        self._content = None
-
     def as_tuple(self) -> tuple[dict[str, Any], dict[str, Any], Any, Any]:
         """Return the message as Celery's sender takes it."""
         return self.headers, self.properties, self.body, self.sent_event

@@ -3,20 +3,22 @@
 Celery's own sender decides where a message goes and tells the signals, and then calls ``publish`` of a producer. What
 kombu's producer does from there on (copy and bind entities, declare, prepare, hand on to a channel) is a third of what
 it costs to send a message, and for one that goes to one queue of our own broker it comes down to the few lines here.
-Whatever needs more goes through kombu's producer, whose channel hands it to the same collector.
+Whatever needs more goes through kombu's producer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from celery import signals
 from kombu import Queue
 from kombu.entity import maybe_delivery_mode
+from kombu.serialization import dumps
 
-from pgqrs_celery.circumstances import Box
+from pgqrs_celery.envelope import Content
 from pgqrs_celery.outgoing import Outgoing
+from pgqrs_celery.store.messages import NewMessage
 from pgqrs_celery.transport.amqp import checked_name
 from pgqrs_celery.transport.broker import Broker
 from pgqrs_celery.transport.message import outgoing
@@ -25,19 +27,21 @@ __all__ = ["Poster"]
 
 
 class Poster:
-    """Stands for a producer while Celery's sender publishes one message: its ``publish`` fills the box."""
+    """Stands for a kombu producer while Celery's sender publishes one message."""
 
-    __slots__ = ("_box", "_broker", "_message")
+    __slots__ = ("_broker", "_message", "_producer", "_take")
 
-    def __init__(self, broker: Broker, box: Box, message: Outgoing) -> None:
+    def __init__(
+        self, broker: Broker, producer: Any, take: Callable[[NewMessage], Any], message: Outgoing | None = None
+    ) -> None:
+        """``take`` is given the row; ``message`` is what it is made of, where that has been serialized already."""
         self._broker = broker
-        self._box = box
+        self._producer = producer
+        self._take = take
         self._message = message
 
-    @property
-    def connection(self) -> Any:
-        """The kombu producer's connection."""
-        return self._message.producer.connection
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._producer, name)
 
     def publish(
         self,
@@ -49,12 +53,16 @@ class Poster:
         compression: str | None = None,
         delivery_mode: Any = None,
         declare: Sequence[Any] | None = None,
-        headers: dict[str, Any],
+        headers: dict[str, Any] | None = None,
+        retry: bool = False,
+        retry_policy: dict[str, Any] | None = None,
+        timeout: float | None = None,
+        confirm_timeout: float | None = None,
         **properties: Any,
-    ) -> None:
-        """Take what Celery's sender gives a kombu producer."""
+    ) -> Any:
+        """Publish as ``kombu.Producer.publish`` does; the same message again is no duplicate."""
         if exchange != "" or not routing_key or compression or isinstance(properties.get("reply_to"), Queue):
-            self._message.producer.publish(
+            return self._producer.publish(
                 body,
                 exchange=exchange,
                 routing_key=routing_key,
@@ -63,37 +71,41 @@ class Poster:
                 delivery_mode=delivery_mode,
                 declare=declare,
                 headers=headers,
+                retry=retry,
+                retry_policy=retry_policy,
+                timeout=timeout,
+                confirm_timeout=confirm_timeout,
                 **properties,
             )
-            return
-        for queue in declare or ():
-            self._declare(queue)
         checked_name(routing_key, "queue")
-        content_type, encoding, data = self._content(body, serializer)
-        for name in ("retry", "retry_policy", "timeout", "confirm_timeout", "mandatory", "immediate"):
-            properties.pop(name, None)
+        content_type, encoding, data = self._content(body, serializer or "json")
         if properties.get("expiration") is not None:
             properties["expiration"] = str(int(properties["expiration"] * 1000))
         properties["priority"] = properties.get("priority") or 0
         properties["delivery_mode"] = maybe_delivery_mode(delivery_mode)
         message = {
             "body": data,
-            "headers": headers,
+            "headers": headers or {},
             "properties": properties,
             "content-type": content_type,
             "content-encoding": encoding,
         }
-        self._box.messages.append(outgoing(message, "", routing_key))
+        post = self._post
+        if retry:
+            post = self._producer.connection.ensure(self._producer, post, **(retry_policy or {}))
+        return post(outgoing(message, "", routing_key), declare or ())
 
-    def _content(self, body: Any, serializer: str | None) -> tuple[str, str, Any]:
+    def _content(self, body: Any, serializer: str) -> Content:
         message = self._message
         # A receiver of the signal may have changed what is in the body; then the row's text is not the message's.
-        if body is not message.body or signals.before_task_publish.receivers:
-            message.forget_content()
-        return message.content(serializer or "json")
+        if message is None or body is not message.body or signals.before_task_publish.receivers:
+            return dumps(body, serializer=serializer)
+        return message.content(serializer)
 
-    def _declare(self, queue: Any) -> None:
+    def _post(self, row: NewMessage, declare: Sequence[Any]) -> None:
         declared = self._broker.declared
-        if declared.get(id(queue)) is not queue:
-            self._message.producer.maybe_declare(queue)
-            declared[id(queue)] = queue
+        for queue in declare:
+            if declared.get(id(queue)) is not queue:
+                self._producer.maybe_declare(queue)
+                declared[id(queue)] = queue
+        self._take(row)

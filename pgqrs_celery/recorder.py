@@ -172,7 +172,7 @@ class Recorder:
         with outbox.collecting(box):
             for message in outgoing:
                 message.options["retry"] = False  # nothing is sent yet
-                self.publish(message, Poster(broker, box, message))
+                self.publish(message, Poster(broker, message.producer, box.messages.append, message))
         return box.messages
 
     def _publish(

@@ -33,6 +33,7 @@ from pgqrs_celery.envelope import MARKER, PLAN, SENT, chosen
 from pgqrs_celery.exceptions import ConfigurationError
 from pgqrs_celery.execution import Phase
 from pgqrs_celery.outgoing import Outgoing, fix_links
+from pgqrs_celery.posting import Poster
 from pgqrs_celery.recorder import TOGETHER, Recorder
 from pgqrs_celery.transport.broker import Broker
 
@@ -211,6 +212,9 @@ class SendSeam:
             if collected is not None and merged.get("group") and self.broker() is not None:
                 collected.plain.append((name, message, options))
                 return None
+            broker = self.broker()
+            if broker is not None and producer is getattr(self._own, "producer", None):
+                producer = Poster(broker, producer, broker.publish_one)
             return self._send_message(producer, name, message, **options)
         caller = _caller.get() or Caller(chosen(options), None)
         merged.pop(SENT, None)

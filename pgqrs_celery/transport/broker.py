@@ -102,6 +102,10 @@ class Broker:
         for message in new:
             collector.add_message(message, self)
 
+    def publish_one(self, new: NewMessage) -> None:
+        """Send one message; see ``publish``."""
+        self.publish([new])
+
     def publish_now(self, new: Sequence[NewMessage]) -> None:
         """Insert messages in one statement and wake who waits for them."""
         if len(new) != 1 or new[0].exchange:
