@@ -6,19 +6,26 @@ import json
 import os
 import signal
 import time
+from pathlib import Path
 from typing import Any
 
 from celery import Celery, Task
 
 import pgqrs_celery
+from pgqrs_celery.transport import keeper
 
 assert pgqrs_celery  # importing it registers the transport
 
 LOG = os.environ.get("BROKER_TEST_LOG", os.devnull)
 
+options = json.loads(os.environ.get("BROKER_TEST_OPTIONS", "{}"))
+if "BROKER_TEST_PUSHED_ONLY" in os.environ:
+    keeper.LOOK_INTERVAL = 3600.0
+    options.setdefault("lease", 3 * 3600.0)  # a keeper looks three times in a lease at least
+
 app = Celery("broker-tests", broker=os.environ.get("BROKER_TEST_URL"), backend=os.environ.get("BROKER_TEST_BACKEND"))
 app.conf.update(
-    broker_transport_options=json.loads(os.environ.get("BROKER_TEST_OPTIONS", "{}")),
+    broker_transport_options=options,
     broker_connection_retry_on_startup=True,
     worker_hijack_root_logger=False,
     **json.loads(os.environ.get("BROKER_TEST_CONF", "{}")),
@@ -62,6 +69,16 @@ def linger(self: Task, value: Any, seconds: float) -> Any:
     while time.monotonic() < deadline:
         time.sleep(0.02)
     note(task="lingered", value=value, **described(self))
+    return value
+
+
+@app.task(bind=True, acks_late=True, reject_on_worker_lost=True)
+def hold(self: Task, value: Any, gate: str) -> Any:
+    """Note the beginning and the end of a while that lasts until a file is there."""
+    note(task="hold", value=value, **described(self))
+    while not Path(gate).exists():
+        time.sleep(0.02)
+    note(task="held", value=value, **described(self))
     return value
 
 

@@ -181,9 +181,10 @@ def test_a_worker_waits_for_a_database_that_is_not_up_yet(
 ) -> None:
     own_database.close()
     own_postgres.stop()
-    threading.Timer(3, own_postgres.start).start()
-    worker = own_bench.worker("-c", "1")
-    assert "Cannot connect" in worker.text
+    worker = own_bench.start("-c", "1")
+    worker.wait_until_it_says("Cannot connect")
+    own_postgres.start()
+    worker.wait_until_ready()
     client = application(own_bench.url)
     send(client, "record", 1)
     own_bench.wait_for_entries(1)
@@ -242,16 +243,19 @@ def test_a_pooler_may_sit_in_between(
     bench = Bench(tmp_path, url)
     client = application(url)
     try:
-        worker = bench.worker("-c", "2", options={"listen_dsn": database_dsn} if direct else {})
-        assert ("transaction pooler" in worker.text) == (mode == "transaction" and not direct)
+        deaf = mode == "transaction" and not direct
+        options = {"listen_dsn": database_dsn} if direct else {}
+        worker = bench.worker("-c", "2", options=options, pushed_only=not deaf)
+        assert ("transaction pooler" in worker.text) == deaf
         for n in range(100):
             send(client, "record", n)
         send(client, "record", "later", countdown=1)
         bench.wait_for_entries(101, "record")
         began = time.time()
         send(client, "record", "latency")
-        delay = bench.wait_for_entries(1, "record", "latency")[0]["at"] - began
-        assert delay < (1.5 if mode == "transaction" and not direct else 0.6)
+        (entry,) = bench.wait_for_entries(1, "record", "latency")
+        if deaf:  # who is not told looks often
+            assert entry["at"] - began < 1.5
         wait_until_empty(database)
         assert worker.end() == 0
     finally:

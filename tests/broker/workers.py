@@ -25,9 +25,13 @@ class Bench:
         self.log = directory / "tasks.log"
         self.url = url
         self.backend = backend
+        #: The end of what the task ``hold`` does: a file that is not there until the test makes it.
+        self.gate = directory / "gate"
         self.workers: list[Worker] = []
 
-    def environment(self, options: dict[str, Any] | None = None, conf: dict[str, Any] | None = None) -> dict[str, str]:
+    def environment(
+        self, options: dict[str, Any] | None = None, conf: dict[str, Any] | None = None, *, pushed_only: bool = False
+    ) -> dict[str, str]:
         return {
             **os.environ,
             "PYTHONPATH": str(ROOT),
@@ -36,22 +40,38 @@ class Bench:
             "BROKER_TEST_OPTIONS": json.dumps(options or {}),
             "BROKER_TEST_CONF": json.dumps(conf or {}),
             **({"BROKER_TEST_BACKEND": self.backend} if self.backend else {}),
+            **({"BROKER_TEST_PUSHED_ONLY": "1"} if pushed_only else {}),
         }
 
-    def worker(
-        self, *arguments: str, options: dict[str, Any] | None = None, conf: dict[str, Any] | None = None
-    ) -> Worker:
-        """Start a worker and return when it is ready."""
-        worker = Worker(self, len(self.workers) + 1, arguments, self.environment(options, conf))
-        self.workers.append(worker)
+    def worker(self, *arguments: str, **settings: Any) -> Worker:
+        """Start a worker, as ``start`` does, and return when it is ready."""
+        worker = self.start(*arguments, **settings)
         worker.wait_until_ready()
+        return worker
+
+    def start(
+        self,
+        *arguments: str,
+        options: dict[str, Any] | None = None,
+        conf: dict[str, Any] | None = None,
+        pushed_only: bool = False,
+    ) -> Worker:
+        """Start a worker.
+
+        One with ``pushed_only`` looks at nothing by itself: what it is not told of, it never comes to know.
+        """
+        environment = self.environment(options, conf, pushed_only=pushed_only)
+        worker = Worker(self, len(self.workers) + 1, arguments, environment)
+        self.workers.append(worker)
         return worker
 
     def entries(self, task: str | None = None, value: Any = None) -> list[dict[str, Any]]:
         """What the tasks have written, oldest first."""
         if not self.log.exists():
             return []
-        entries = [json.loads(line) for line in self.log.read_text().splitlines()]
+        # Of a line that is just being written the beginning may be there already.
+        lines = [line for line in self.log.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        entries = [json.loads(line) for line in lines]
         return [e for e in entries if (task is None or e["task"] == task) and (value is None or e["value"] == value)]
 
     def wait_for_entries(
@@ -94,12 +114,20 @@ class Worker:
         return self.output.read_text(errors="replace")
 
     def wait_until_ready(self) -> None:
-        def ready() -> bool:
-            if self.process.poll() is not None:
-                raise AssertionError(f"the worker ended:\n{self.text}")
-            return "ready." in self.text
+        self.wait_until_it_says("ready.")
 
-        wait_for(ready, 40, f"the worker to be ready:\n{self.text}")
+    def wait_until_it_says(self, words: str) -> None:
+        """Wait until the worker has written something."""
+
+        def said() -> bool:
+            if self.process.poll() is not None:
+                raise AssertionError("the worker ended")
+            return words in self.text
+
+        try:
+            wait_for(said, 40, f"the worker to say {words!r}")
+        except AssertionError as error:
+            raise AssertionError(f"{error}:\n{self.text}") from None
 
     def send_signal(self, number: int) -> None:
         """Send a signal to the main process."""
