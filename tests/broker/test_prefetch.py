@@ -55,9 +55,10 @@ def test_no_more_is_leased_than_the_prefetch_allows_while_draining(
     )
     with consumer:
         while len(seen) < COUNT:
-            drain(connection)
+            full = min(prefetch, COUNT - len(seen))
+            wait_for(lambda full=full: drain(connection) or len(held) >= full, what="the prefetch to be made use of")
             most = max(most, leased(database))
-            assert len(held) == min(prefetch, COUNT - len(seen)), "the prefetch is not made use of"
+            assert len(held) == full
             body, message = held.pop(0)
             seen.append(body)
             message.ack()
