@@ -368,11 +368,12 @@ def listening(database: Database, consumer: UUID) -> Connection:
 
 def heard(connection: Connection) -> list[str]:
     """What has been notified so far: the connection's own notification comes last."""
-    connection.execute("LISTEN own")
-    connection.execute("NOTIFY own, 'end'")
+    channel = f"own_{uuid4().hex}"
+    connection.execute(f"LISTEN {channel}")
+    connection.execute(f"NOTIFY {channel}, 'end'")
     payloads = []
     for notification in connection.notifies(timeout=10):
-        if notification.payload == "end":
+        if notification.channel == channel:
             break
         payloads.append(notification.payload)
     return payloads

@@ -136,11 +136,11 @@ import time
 import psycopg
 from pgqrs_celery.db import notifications
 listening = psycopg.connect(sys.argv[2], autocommit=True)
-listening.execute("LISTEN greenlets")
+listening.execute(f"LISTEN {sys.argv[3]}")
 
 def send():
     with psycopg.connect(sys.argv[2], autocommit=True) as sending:
-        sending.execute("NOTIFY greenlets, 'heard'")
+        sending.execute(f"NOTIFY {sys.argv[3]}, 'heard'")
 
 spawn(send)
 print(*notifications(listening, 60.0))
@@ -148,10 +148,10 @@ print(*notifications(listening, 60.0))
 
 
 @pytest.mark.parametrize("library", ["gevent", "eventlet"])
-def test_waiting_for_a_call_lets_other_greenlets_run(library: str, database_dsn: str) -> None:
+def test_waiting_for_a_call_lets_other_greenlets_run(library: str, database_dsn: str, schema: str) -> None:
     pytest.importorskip(library)
     answer = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", GREENLETS, library, database_dsn],
+        [sys.executable, "-W", "ignore", "-c", GREENLETS, library, database_dsn, schema],
         capture_output=True,
         text=True,
         timeout=30,
