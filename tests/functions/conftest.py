@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -12,7 +13,7 @@ from celery import Celery, signals
 from celery.contrib.testing.worker import start_worker
 from celery.worker import state
 
-from pgqrs_celery import Pgqrs, WorkflowRun
+from pgqrs_celery import Pgqrs, WorkflowRun, embedded
 from pgqrs_celery.states import TERMINAL
 from tests.support.waiting import wait_for
 
@@ -22,9 +23,17 @@ QUICK = {
     "pgqrs_relay_interval": 1.0,
     "pgqrs_watch_interval": 0.2,
     "pgqrs_resend_interval": 2.0,
+    "worker_hijack_root_logger": False,
 }
 
 Working = Callable[[], AbstractContextManager[Any]]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def forget_results(redis_server: embedded.RedisServer) -> Iterator[None]:
+    """Let go of results while their Redis is there: one that goes later tries for long to take its leave of it."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture
