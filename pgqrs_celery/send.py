@@ -152,9 +152,10 @@ class SendSeam:
         assert self._send_message is not None
         for start in range(0, len(scope.plain), TOGETHER):
             box = Box()
+            poster = Poster(broker, scope.producer, box.messages.append)
             with outbox.collecting(box):
                 for name, message, options in scope.plain[start : start + TOGETHER]:
-                    self._send_message(scope.producer, name, message, **options)
+                    self._send_message(poster, name, message, **options)
             broker.publish(box.messages)
 
     def send_task(
