@@ -22,9 +22,9 @@ from benchmarks.support.measure import machine
 from benchmarks.support.volume import analyze, fill
 from pgqrs_celery import embedded
 from pgqrs_celery.db import Database, Session
-from pgqrs_celery.store import migrations, runs, steps
+from pgqrs_celery.store import clock, leases, migrations, recording, runs, steps
+from pgqrs_celery.store.recording import Finished, NewStep
 from pgqrs_celery.store.runs import NewRun
-from pgqrs_celery.store.steps import Finished, NewStep
 
 TARGET = 1.2
 LEASE = 30.0
@@ -58,9 +58,9 @@ class Side:
         workflow_id, token = started[0], uuid4()
         self.acquire(first, token)
         with self.timed("renew a lease"):
-            steps.renew(self.session, [first], worker_id=self.worker_id, lease=LEASE * 3)
+            leases.renew(self.session, [first], worker_id=self.worker_id, lease=LEASE * 3)
         with self.timed("succeed, record the next"):
-            steps.record(
+            recording.record(
                 self.session,
                 [self.step(second)],
                 workflow_id=workflow_id,
@@ -80,7 +80,7 @@ class Side:
         with self.timed("relay: what is due"):
             assert self.claim() == 0
         with self.timed("relay: when is the next"):
-            steps.next_due(self.session, app="shop", may_judge=True, back=5.0)
+            clock.next_due(self.session, app="shop", may_judge=True, back=5.0)
         with self.timed("relay: the backstop's look"):
             runs.stuck(self.session, app="shop", after=workflow_id - 1, age=2.0, batch=500)
 
@@ -106,7 +106,7 @@ class Side:
 
     def claim(self) -> int:
         """Look for what is due; returns how much it is."""
-        due = steps.claim_due(
+        due = clock.claim_due(
             self.session,
             app="shop",
             may_judge=True,

@@ -48,14 +48,19 @@ class Worker:
         *,
         name: str = "worker",
         concurrency: int = 1,
-        options: tuple[str, ...] = (),
+        options: tuple[str, ...] = ("--loglevel=INFO",),
         environment: Mapping[str, str] | None = None,
     ) -> None:
         self.app = app
         self.name = name
         self._log = tempfile.NamedTemporaryFile(prefix=f"{name}-", suffix=".log")  # noqa: SIM115
         command = [sys.executable, "-m", "celery", "-A", app.main, "worker", f"--hostname={name}@%h"]
-        command += [f"--concurrency={concurrency}", "--without-gossip", "--without-mingle", *(options or ("--loglevel=INFO",))]
+        command += [
+            f"--concurrency={concurrency}",
+            "--without-gossip",
+            "--without-mingle",
+            *options,
+        ]
         # On Linux the worker is told to stop when the example is killed.
         leash = [sys.executable, "-I", "-S", supervisor.__file__, "leash", str(os.getpid())]
         self._process = subprocess.Popen(

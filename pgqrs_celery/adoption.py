@@ -15,8 +15,8 @@ from pgqrs_celery.envelope import MARKER
 from pgqrs_celery.guard import Adoption
 from pgqrs_celery.ledger import Ledger
 from pgqrs_celery.outgoing import Outgoing, fix_links
+from pgqrs_celery.store.recording import NewStep
 from pgqrs_celery.store.runs import NewRun
-from pgqrs_celery.store.steps import NewStep
 
 __all__ = ["adoption"]
 

@@ -10,8 +10,8 @@ from pgqrs_celery.db import Session
 from pgqrs_celery.drafting import RunSpec
 from pgqrs_celery.outgoing import Outgoing
 from pgqrs_celery.store.messages import NewMessage, Published
+from pgqrs_celery.store.recording import Recorded
 from pgqrs_celery.store.runs import Run
-from pgqrs_celery.store.steps import Recorded
 
 __all__ = ["Box", "ExistingRun", "Target", "outer", "starting", "target"]
 

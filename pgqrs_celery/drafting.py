@@ -16,8 +16,8 @@ from pgqrs_celery.execution import Execution
 from pgqrs_celery.ledger import Ledger
 from pgqrs_celery.naming import canvas_name, canvas_result
 from pgqrs_celery.outgoing import Outgoing
+from pgqrs_celery.store.recording import NewStep
 from pgqrs_celery.store.runs import NewRun
-from pgqrs_celery.store.steps import NewStep
 
 __all__ = ["Drafter", "RunSpec"]
 

@@ -18,7 +18,7 @@ from pgqrs_celery.exceptions import StoreUnavailable
 from pgqrs_celery.guard import StepGuard
 from pgqrs_celery.outgoing import Outgoing
 from pgqrs_celery.store.chords import Chord
-from pgqrs_celery.store.steps import NewStep
+from pgqrs_celery.store.recording import NewStep
 
 __all__ = ["ATTRIBUTE", "Deferred", "Execution", "Phase", "current", "of_request"]
 

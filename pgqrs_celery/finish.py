@@ -18,7 +18,7 @@ from pgqrs_celery.exceptions import HandOffFailed
 from pgqrs_celery.gate import error_text, give_up_hand_off, hand_off, recorded_error, tell_waiter
 from pgqrs_celery.ledger import Ledger
 from pgqrs_celery.store import steps
-from pgqrs_celery.store.steps import DueStep
+from pgqrs_celery.store.clock import DueStep
 
 __all__ = ["finish", "finish_awaited", "request_of"]
 

@@ -12,8 +12,9 @@ from pgqrs_celery.db import Session
 from pgqrs_celery.exceptions import LeaseLost
 from pgqrs_celery.ledger import Ledger
 from pgqrs_celery.store import runs, steps
+from pgqrs_celery.store.recording import NewStep
 from pgqrs_celery.store.runs import NewRun
-from pgqrs_celery.store.steps import Acquired, NewStep, Verdict
+from pgqrs_celery.store.steps import Acquired, Verdict
 
 __all__ = ["Adoption", "Decision", "StepGuard"]
 

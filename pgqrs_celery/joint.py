@@ -19,17 +19,16 @@ from pgqrs_celery.db import Session
 from pgqrs_celery.execution import Deferred, Execution
 from pgqrs_celery.ledger import Ledger
 from pgqrs_celery.recorder import Recorder
-from pgqrs_celery.store import results, runs, steps, units, waiters
+from pgqrs_celery.store import recording, results, runs, steps, units, waiters
 from pgqrs_celery.store.messages import NewMessage, Published, insertion
+from pgqrs_celery.store.recording import Finished, Recorded
+from pgqrs_celery.store.recording import Outcome as Recording
 from pgqrs_celery.store.results import Outcome
-from pgqrs_celery.store.steps import Finished, Recorded
-from pgqrs_celery.store.steps import Outcome as Recording
 from pgqrs_celery.transport import Transport
 from pgqrs_celery.transport.broker import Broker, broker_for
 
 __all__ = ["Joint", "own_broker", "shared_broker", "shares_ledger"]
 
-ASYNC: Final = "off"
 SENDING: Final = Recording.SEND
 
 
@@ -164,7 +163,7 @@ def _write(
                 # What was recorded decides what is published, in the same transaction.
                 session.limit_silence()
                 pipeline.sync()  # else the server would take the silence for a statement that is not complete
-                entries = steps.recorded(deferred.rows, noted.fetchall())
+                entries = recording.recorded(deferred.rows, noted.fetchall())
                 messages = recorder.collect(deferred.messages, {entry.task_id: entry for entry in entries})
                 if messages:
                     published = session.send(*insertion(messages))
@@ -183,13 +182,13 @@ def _write(
         # The answer of an earlier commit may have been lost: then the step is finished under our token.
         ours = steps.finished_as(session, guard.task_id, "SUCCESS", guard.lease_token)
     if noted is not None and joint.broker is None:
-        entries = steps.recorded(deferred.rows, noted.fetchall())
+        entries = recording.recorded(deferred.rows, noted.fetchall())
     news = [Published(*row) for row in published.fetchall()] if published is not None else []
     return Answer(ours, entries, news, peeked is not None and _true(peeked), quiet is not None and _true(quiet))
 
 
 def _record(session: Session, ledger: Ledger, running: Execution, deferred: Deferred, finished: Finished | None) -> Any:
-    return steps.record_cursor(
+    return recording.record_cursor(
         session,
         deferred.rows,
         workflow_id=running.guard.workflow_id,
@@ -205,7 +204,7 @@ def _store(
 ) -> Any:
     """Store result and chord part under the condition that the hand-off is ours to make."""
     guard = running.guard
-    params: dict[str, Any] = {"task_id": guard.task_id, "lease_token": guard.lease_token, "commit": ASYNC}
+    params: dict[str, Any] = {"task_id": guard.task_id, "lease_token": guard.lease_token}
     if finished is None:
         condition = "steps.hand_off"
     elif deferred.rows:

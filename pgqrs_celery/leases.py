@@ -16,7 +16,7 @@ from uuid import UUID
 
 from pgqrs_celery.exceptions import StoreError
 from pgqrs_celery.ledger import Ledger
-from pgqrs_celery.store import steps, workers
+from pgqrs_celery.store import leases, workers
 
 __all__ = ["Keeper"]
 
@@ -66,7 +66,7 @@ class Keeper:
         if held:
             task_ids = {h.task_id for h in held}
             elsewhere = self.ledger.call(
-                lambda session: steps.renew(session, task_ids, worker_id=worker_id, lease=self.ledger.settings.lease)
+                lambda session: leases.renew(session, task_ids, worker_id=worker_id, lease=self.ledger.settings.lease)
             )
             self._report(elsewhere & {h.task_id for h in held if h.accepted})
         self._sign(worker_id, idle=not held)

@@ -15,8 +15,8 @@ from pgqrs_celery.exceptions import NotDurable, PlainTaskInDurableCanvas
 from pgqrs_celery.execution import Execution
 from pgqrs_celery.ledger import Ledger
 from pgqrs_celery.outgoing import Outgoing
-from pgqrs_celery.store import steps
-from pgqrs_celery.store.steps import NewStep
+from pgqrs_celery.store import recording
+from pgqrs_celery.store.recording import NewStep
 
 __all__ = ["await_links", "refuse"]
 
@@ -70,7 +70,7 @@ def await_links(app: Celery, ledger: Ledger, passing: Outgoing, running: Executi
         def work(session: Session, heads: Sequence[tuple[str, str, str]] = heads) -> None:
             for task_id, step_id, name in heads:
                 row = NewStep(task_id, step_id, name, 0, None, None, None, False)
-                steps.await_link(session, row, workflow_id=guard.workflow_id, app=ledger.app)
+                recording.await_link(session, row, workflow_id=guard.workflow_id, app=ledger.app)
 
         ledger.call(work, patience=ledger.settings.patience)
         return

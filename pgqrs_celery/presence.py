@@ -25,7 +25,7 @@ from pgqrs_celery.exceptions import StoreError
 from pgqrs_celery.ledger import Ledger
 from pgqrs_celery.lookout import SETTLING, lookout
 from pgqrs_celery.pooler import is_own_session
-from pgqrs_celery.store import runs, steps, workers
+from pgqrs_celery.store import leases, runs, workers
 
 __all__ = ["Presence"]
 
@@ -94,7 +94,7 @@ class Presence:
             connection.execute(f"LISTEN {ledger.channel}".encode())
             incarnation.assume(new)
             for former in self._formers:
-                steps.move_owner(session, app=ledger.app, old_id=former, new_id=new)
+                leases.move_owner(session, app=ledger.app, old_id=former, new_id=new)
                 workers.stop(session, former)
         except psycopg.Error as error:
             connection.close()
@@ -168,7 +168,7 @@ class Presence:
             session.limit_silence()
             if not workers.try_lock(session, neighbour.lock_key):
                 return False
-            due = steps.expire(
+            due = leases.expire(
                 session,
                 app=ledger.app,
                 worker_id=neighbour.worker_id,
@@ -190,8 +190,8 @@ class Presence:
         if worker_id is not None:
 
             def work(session: Session) -> None:
-                steps.release(session, app=self.ledger.app, worker_id=worker_id)
-                steps.requeue(session, received)
+                leases.release(session, app=self.ledger.app, worker_id=worker_id)
+                leases.requeue(session, received)
                 workers.stop(session, worker_id)
                 runs.notify(session, self.ledger.channel)
 

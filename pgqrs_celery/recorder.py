@@ -24,11 +24,11 @@ from pgqrs_celery.ledger import Ledger
 from pgqrs_celery.mixture import await_links, refuse
 from pgqrs_celery.outgoing import Outgoing
 from pgqrs_celery.posting import Poster
-from pgqrs_celery.store import chords, runs, steps
+from pgqrs_celery.store import chords, clock, recording, runs, steps
 from pgqrs_celery.store import messages as sent
 from pgqrs_celery.store.chords import Chord
 from pgqrs_celery.store.messages import NewMessage, Published
-from pgqrs_celery.store.steps import Finished, NewStep, Outcome, Recorded
+from pgqrs_celery.store.recording import Finished, NewStep, Outcome, Recorded
 from pgqrs_celery.transport.broker import Broker
 
 __all__ = ["TOGETHER", "Recorder"]
@@ -99,7 +99,7 @@ class Recorder:
 
         def work(session: Session) -> list[Recorded]:
             published.clear()
-            entries = steps.record(
+            entries = recording.record(
                 session,
                 deferred.rows,
                 workflow_id=guard.workflow_id,
@@ -131,8 +131,8 @@ class Recorder:
     def _again(session: Session, ledger: Ledger, running: Execution, deferred: Deferred) -> list[Recorded]:
         guard = running.guard
         if not steps.finished_as(session, guard.task_id, "SUCCESS", guard.lease_token):
-            return steps.recorded(deferred.rows, [])
-        return steps.record(session, deferred.rows, workflow_id=guard.workflow_id, app=ledger.app)
+            return recording.recorded(deferred.rows, [])
+        return recording.record(session, deferred.rows, workflow_id=guard.workflow_id, app=ledger.app)
 
     def send_deferred(self, deferred: Deferred, entries: Sequence[Recorded], *, published: bool = False) -> None:
         """Send what was recorded with its sender's success, now that this is committed.
@@ -286,7 +286,9 @@ class Recorder:
     def _await_replacement(session: Session, running: Execution, generation: int) -> None:
         """Let the running step wait for the last link of its replacement, in the transaction that records its first."""
         guard = running.guard
-        awaited = steps.await_replacement(session, guard.task_id, lease_token=guard.lease_token, generation=generation)
+        awaited = recording.await_replacement(
+            session, guard.task_id, lease_token=guard.lease_token, generation=generation
+        )
         if not awaited:
             raise LeaseLost(f"step {guard.step_id!r} of run {guard.workflow_id}: replaced by another worker")
 
@@ -300,7 +302,7 @@ class Recorder:
         running: Execution | None,
     ) -> tuple[int, list[Recorded]]:
         if running is not None and root_id == running.guard.root_id:
-            return running.guard.workflow_id, steps.record(
+            return running.guard.workflow_id, recording.record(
                 session,
                 rows,
                 workflow_id=running.guard.workflow_id,
@@ -327,7 +329,7 @@ class Recorder:
         rows = self.drafter.rows(ledger, messages, None, ledger.settings.resend_interval)
         for chord in self.chords_of(_groups(messages)):
             chords.record(into.session, replace(chord, workflow_id=into.workflow_id))
-        entries = steps.record(into.session, rows, workflow_id=into.workflow_id, app=ledger.app)
+        entries = recording.record(into.session, rows, workflow_id=into.workflow_id, app=ledger.app)
         into.recorded.update((entry.task_id, entry) for entry in entries)
         into.messages += messages
         if self.shared_broker() is not None:
@@ -387,7 +389,7 @@ class Recorder:
             left[0].task_id,
         )
         task_ids = [message.task_id for message in left]
-        ledger.call(lambda session: steps.unsent(session, task_ids, interval=1.0))
+        ledger.call(lambda session: clock.unsent(session, task_ids, interval=1.0))
 
     def announce_cancelled(self, message: Outgoing) -> None:
         """Store REVOKED for a message of a cancelled run and for everything that would have followed it."""

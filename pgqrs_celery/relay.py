@@ -28,8 +28,8 @@ from pgqrs_celery.housekeeping import Housekeeping
 from pgqrs_celery.ledger import Ledger
 from pgqrs_celery.outgoing import Outgoing
 from pgqrs_celery.recorder import ONCE, broker_errors
-from pgqrs_celery.store import runs, steps, workers
-from pgqrs_celery.store.steps import DueStep
+from pgqrs_celery.store import clock, runs, workers
+from pgqrs_celery.store.clock import DueStep
 
 __all__ = ["Relay"]
 
@@ -132,7 +132,7 @@ class Relay:
         self._backstop()
         self._housekeeping.work()
         due = self.ledger.call(
-            lambda session: steps.next_due(
+            lambda session: clock.next_due(
                 session,
                 app=self.ledger.app,
                 may_judge=self.ledger.may_judge,
@@ -156,7 +156,7 @@ class Relay:
         settings, may_judge, began = self.ledger.settings, self.ledger.may_judge, time.monotonic()
         back = self._horizon.back(began)
         claimed = self.ledger.call(
-            lambda session: steps.claim_due(
+            lambda session: clock.claim_due(
                 session,
                 app=self.ledger.app,
                 may_judge=may_judge,
@@ -189,7 +189,7 @@ class Relay:
                     logger.exception("step %r (task %s) cannot be sent again now", step.step_id, step.task_id)
             self._failures = 0
         if resent:
-            self.ledger.call(lambda session: steps.resent(session, resent))
+            self.ledger.call(lambda session: clock.resent(session, resent))
 
     def _deliver_one(self, step: DueStep, producer: Any, queues: Queues) -> bool:
         """Treat one claimed step; True where a message that had been sent before was sent again."""
@@ -296,7 +296,7 @@ class Relay:
             "the broker does not take messages (%r): %d due step(s) wait, next try in %.1f s", error, len(left), pause
         )
         ids = [step.task_id for step in left]
-        self.ledger.call(lambda session: steps.unsent(session, ids, interval=pause))
+        self.ledger.call(lambda session: clock.unsent(session, ids, interval=pause))
 
     def _backstop(self) -> None:
         """Close runs whose last worker died between its hand-off and its look, a few at a time."""

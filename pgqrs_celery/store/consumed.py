@@ -15,8 +15,8 @@ from pgqrs_celery.db import Session
 from pgqrs_celery.exceptions import StoreError
 from pgqrs_celery.store import runs
 from pgqrs_celery.store.inner import Owner
+from pgqrs_celery.store.recording import NewStep
 from pgqrs_celery.store.runs import NewRun
-from pgqrs_celery.store.steps import NewStep
 
 __all__ = ["Claim", "archive", "claim", "define", "enqueue", "is_defined", "release", "renew"]
 

@@ -14,8 +14,8 @@ from pgqrs_celery.exceptions import RunNotFound, RunStateError, StoreError
 from pgqrs_celery.states import Status
 from pgqrs_celery.store import runs, steps
 from pgqrs_celery.store.inner import Owner
+from pgqrs_celery.store.recording import NewStep
 from pgqrs_celery.store.runs import NewRun
-from pgqrs_celery.store.steps import NewStep
 
 __all__ = ["InlineRun", "create", "find", "settle", "take"]
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pgqrs_celery.db import Session
 from pgqrs_celery.exceptions import RunNotFound, RunStateError
 from pgqrs_celery.states import Status
-from pgqrs_celery.store import inner, steps
-from pgqrs_celery.store.steps import NewStep, Outcome, Recorded
+from pgqrs_celery.store import inner, recording, steps
+from pgqrs_celery.store.recording import NewStep, Outcome, Recorded
 
 __all__ = ["NewRun", "Run", "cancel", "close_if_quiet", "find", "join", "resume", "start"]
 
@@ -57,7 +57,7 @@ def start(session: Session, run: NewRun, new: Sequence[NewStep]) -> tuple[int, l
 
     Raises ``StoreError`` where one of the steps' task ids belongs to another run.
     """
-    answers = session.rows("runs.start", {**run.params(), "messages": steps.rows(new)})
+    answers = session.rows("runs.start", {**run.params(), "messages": recording.rows(new)})
     if not answers:
         return None
     return answers[0][0], [Recorded(task_id, Outcome.SEND, at) for _, task_id, at in answers]
@@ -73,7 +73,7 @@ def join(session: Session, run: NewRun, new: Sequence[NewStep]) -> tuple[int, li
     if found is None:
         raise RunNotFound(f"the run of root task {run.root_id} vanished while it was written")
     workflow_id, status = int(found[0]), str(found[1])
-    recorded = steps.record(session, new, workflow_id=workflow_id, app=run.app)
+    recorded = recording.record(session, new, workflow_id=workflow_id, app=run.app)
     if status in (Status.SUCCESS, Status.FAILED) and any(r.outcome is Outcome.SEND for r in recorded):
         session.run("runs.reopen", {"workflow_id": workflow_id})
     return workflow_id, recorded

@@ -1,4 +1,4 @@
-"""Steps: the write side of ``pgqrs_workflow_steps``, one function per statement of the protocol.
+"""Steps: who may execute one, and what comes of it; one function per statement of the protocol.
 
 Payloads (``message``, ``output``, ``error``) are JSON text; what is in them is ``codec``'s and ``envelope``'s business.
 The transition table that these statements implement is drawn in ``docs/architecture.md``.
@@ -6,39 +6,38 @@ The transition table that these statements implement is drawn in ``docs/architec
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
-from typing import Any, Final
+from typing import Any
 from uuid import UUID
 
 from pgqrs_celery.db import TRUE, Session
+from pgqrs_celery.store.recording import NewStep
 
 __all__ = [
     "Acquired",
-    "DueStep",
-    "Finished",
-    "NewStep",
-    "Outcome",
+    "BrokenHandOff",
     "Peeked",
-    "Recorded",
     "Verdict",
     "acquire",
     "adopt",
     "bereave",
+    "cancel_batch",
+    "drop",
     "fail",
+    "finished_as",
     "give_back",
+    "give_up_hand_off",
     "hand_off",
-    "record",
+    "hand_off_failed",
+    "peek",
+    "resume",
+    "revoke",
     "succeed",
+    "undo_first",
+    "unfinished",
 ]
-
-#: For statements whose loss in a crash of Postgres is harmless: they are repeated, or a random token tells.
-ASYNC: Final = "off"
-
-NEVER: Final = datetime.min.replace(tzinfo=UTC)
 
 
 class Verdict(StrEnum):
@@ -54,52 +53,6 @@ class Verdict(StrEnum):
     POISONED = "POISONED"
     #: Like EXECUTE, of a function that has ended already (``error`` says how): to undo what it has done.
     UNDO = "UNDO"
-
-
-class Outcome(StrEnum):
-    """What ``record`` answers for a message."""
-
-    SEND = "SEND"
-    SUPPRESS = "SUPPRESS"
-    CANCELLED = "CANCELLED"
-    #: The sender's success was not accepted (or its run is gone): nothing was recorded.
-    LOST = "LOST"
-
-
-@dataclass(frozen=True, slots=True)
-class NewStep:
-    """A message to be recorded. ``delay`` is seconds until it is due; ``sent`` says it is published right away."""
-
-    task_id: str
-    step_id: str
-    task_name: str
-    generation: int
-    message: str | None
-    queue: str | None
-    delay: float | None
-    sent: bool
-    kind: str = "canvas"
-
-
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """A sender's own success (JSON text), to be committed together with what follows from it.
-
-    With ``hand_off`` that is everything that follows: the step is handed off, too.
-    """
-
-    task_id: str
-    output: str
-    hand_off: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Recorded:
-    """What became of one recorded message, and the database's time of it."""
-
-    task_id: str
-    outcome: Outcome
-    sent_at: datetime
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,114 +88,6 @@ class Peeked:
     output: str | None
     error: str | None
     run_status: str
-
-
-@dataclass(frozen=True, slots=True)
-class DueStep:
-    """A step the relay has claimed: ``was`` is the status it was found with, ``status`` the one it has now."""
-
-    workflow_id: int
-    step_id: str
-    task_id: str
-    task_name: str
-    was: str
-    status: str
-    sent_at: datetime | None
-    now: datetime
-    queue: str | None
-    message: str | None
-    looks: int
-    handoffs: int
-    lost: int
-    error: str | None
-    generation: int
-    #: Whether it is sent to undo what it has done.
-    undoing: bool
-
-
-def rows(steps: Sequence[NewStep]) -> str:
-    """Return the steps as one JSON array: a single parameter, where arrays would have to be quoted for each column."""
-    return "[" + ",".join(map(_row, steps)) + "]"
-
-
-def _row(step: NewStep) -> str:
-    # The message is JSON text already; it becomes part of the row as it is.
-    known = json.dumps(
-        {
-            "task_id": step.task_id,
-            "step_id": step.step_id,
-            "task_name": step.task_name,
-            "generation": step.generation,
-            "queue": step.queue,
-            "delay": step.delay,
-            "sent": step.sent,
-            "kind": step.kind,
-        }
-    )
-    return known if step.message is None else f'{known[:-1]}, "message": {step.message}}}'
-
-
-def record(
-    session: Session,
-    steps: Sequence[NewStep],
-    *,
-    workflow_id: int,
-    app: str,
-    lease_token: UUID | None = None,
-    finished: Finished | None = None,
-    durable: bool = True,
-) -> list[Recorded]:
-    """Enter messages into an existing run, or accept greater generations of them; says what became of each.
-
-    ``lease_token`` is the sender's own: only the owner of a running step may queue it again. With ``finished``, the
-    sender's success is committed by the same statement; if it is not accepted, everything is LOST.
-    """
-    cursor = record_cursor(
-        session,
-        steps,
-        workflow_id=workflow_id,
-        app=app,
-        lease_token=lease_token,
-        finished=finished,
-        durable=durable,
-    )
-    return recorded(steps, cursor.fetchall())
-
-
-def record_cursor(
-    session: Session,
-    steps: Sequence[NewStep],
-    *,
-    workflow_id: int,
-    app: str,
-    lease_token: UUID | None = None,
-    finished: Finished | None = None,
-    durable: bool = True,
-) -> Any:
-    """Send the statement of ``record`` and return its cursor, to be read with ``recorded`` after a flush."""
-    return session.send(
-        "steps.record",
-        {
-            "messages": rows(steps),
-            "finished_id": finished.task_id if finished else None,
-            "output": finished.output if finished else None,
-            "hand_off": finished.hand_off if finished else False,
-            "workflow_id": workflow_id,
-            "app": app,
-            "lease_token": lease_token,
-            "commit": session.durable if durable or finished else ASYNC,
-        },
-    )
-
-
-def recorded(steps: Sequence[NewStep], answers: Sequence[tuple[Any, ...]]) -> list[Recorded]:
-    """Return what the answers to a ``record`` say about each of its steps."""
-    if not answers:
-        return [Recorded(step.task_id, Outcome.LOST, NEVER) for step in steps]
-    (_, status, sent_at), *accepted = sorted(answers, key=lambda answer: answer[0] is not None)
-    sent = {answer[0] for answer in accepted}
-    refused = Outcome.CANCELLED if status == "CANCELLED" else Outcome.SUPPRESS
-    return [Recorded(s.task_id, Outcome.SEND if s.task_id in sent else refused, sent_at) for s in steps]
 
 
 def acquire(
@@ -326,30 +171,6 @@ def adopt(
                 "worker_id": worker_id,
                 "lease": lease,
             },
-        )
-    )
-
-
-def await_link(session: Session, step: NewStep, *, workflow_id: int, app: str) -> None:
-    """Enter a durable link that follows a plain one: its run stays open until the link's message comes."""
-    session.run(
-        "steps.await_link",
-        {
-            "workflow_id": workflow_id,
-            "step_id": step.step_id,
-            "app": app,
-            "task_id": step.task_id,
-            "task_name": step.task_name,
-            "generation": step.generation,
-        },
-    )
-
-
-def await_replacement(session: Session, task_id: str, *, lease_token: UUID, generation: int) -> bool:
-    """Let a running step wait for the last link of the canvas that replaces it; False where it is not ours."""
-    return bool(
-        session.run(
-            "steps.await_replacement", {"task_id": task_id, "lease_token": lease_token, "generation": generation}
         )
     )
 
@@ -480,9 +301,9 @@ def revoke(
     )
 
 
-def hand_off(session: Session, task_id: str, *, durable: bool = False) -> int | None:
+def hand_off(session: Session, task_id: str) -> int | None:
     """Note that everything that follows from a finished step has happened; returns its run the first time."""
-    row = session.row("steps.hand_off", {"task_id": task_id, "commit": session.durable if durable else ASYNC})
+    row = session.row("steps.hand_off", {"task_id": task_id})
     return row[0] if row else None
 
 
@@ -511,83 +332,6 @@ def give_up_hand_off(session: Session, task_id: str) -> int | None:
 def peek(session: Session, task_id: str) -> Peeked | None:
     """Return one step as it stands."""
     return session.one(Peeked, "steps.peek", {"task_id": task_id})
-
-
-def claim_due(
-    session: Session,
-    *,
-    app: str,
-    may_judge: bool,
-    batch: int,
-    max_lost: int,
-    poison: str,
-    interval: float,
-    interval_max: float,
-    back: float | None = None,
-) -> list[DueStep]:
-    """Take what is due; whoever asks next does not find it due any more.
-
-    ``may_judge`` says whether the end of a lease may be believed; that of a worker declared dead always is.
-    ``back`` leaves out what has been due for more than so many seconds.
-    """
-    return session.many(
-        DueStep,
-        "steps.claim_due",
-        {
-            "app": app,
-            "may_judge": may_judge,
-            "batch": batch,
-            "max_lost": max_lost,
-            "poison": poison,
-            "interval": interval,
-            "interval_max": interval_max,
-            "back": back,
-        },
-    )
-
-
-def resent(session: Session, task_ids: Sequence[str]) -> None:
-    """Note that messages have been published again just now."""
-    session.run("steps.resent", {"task_ids": list(task_ids)})
-
-
-def unsent(session: Session, task_ids: Sequence[str], *, interval: float) -> None:
-    """Note that the broker did not take these messages; they are due again after ``interval`` seconds."""
-    session.run("steps.unsent", {"task_ids": list(task_ids), "interval": interval})
-
-
-def next_due(session: Session, *, app: str, may_judge: bool, back: float | None = None) -> float | None:
-    """Return the seconds until something is due (negative: since when), or None; ``back`` as in ``claim_due``."""
-    row = session.row("steps.next_due", {"app": app, "may_judge": may_judge, "back": back})
-    return row[0] if row else None
-
-
-def renew(session: Session, task_ids: Iterable[str], *, worker_id: UUID, lease: float) -> set[str]:
-    """Extend the leases of what a worker holds; returns those of its steps that others are running now."""
-    rows = session.rows(
-        "steps.renew", {"task_ids": list(task_ids), "worker_id": worker_id, "lease": lease, "commit": ASYNC}
-    )
-    return {row[0] for row in rows}
-
-
-def release(session: Session, *, app: str, worker_id: UUID) -> int:
-    """Give back, uncounted, everything a stopping worker was executing or handing off."""
-    return session.run("steps.release", {"app": app, "worker_id": worker_id})
-
-
-def requeue(session: Session, task_ids: Iterable[str]) -> int:
-    """Make due what a stopping worker had received without beginning it."""
-    return session.run("steps.requeue", {"task_ids": list(task_ids)})
-
-
-def expire(session: Session, *, app: str, worker_id: UUID, max_lost: int, poison: str) -> int:
-    """Queue again what a dead worker was executing, and make due what it was handing off."""
-    return session.run("steps.expire", {"app": app, "worker_id": worker_id, "max_lost": max_lost, "poison": poison})
-
-
-def move_owner(session: Session, *, app: str, old_id: UUID, new_id: UUID) -> None:
-    """Take along what a worker was executing under its former incarnation."""
-    session.run("steps.move_owner", {"app": app, "old_id": old_id, "new_id": new_id})
 
 
 def cancel_batch(session: Session, workflow_id: int, *, batch: int) -> list[tuple[str, str | None]]:

@@ -14,9 +14,9 @@ from uuid import UUID
 
 from pgqrs_celery.db import TRUE, Session
 from pgqrs_celery.store.messages import NewMessage
+from pgqrs_celery.store.recording import NewStep, Recorded
+from pgqrs_celery.store.recording import Outcome as Fate
 from pgqrs_celery.store.results import Outcome
-from pgqrs_celery.store.steps import NewStep, Recorded
-from pgqrs_celery.store.steps import Outcome as Fate
 
 __all__ = ["Finish", "finish"]
 

@@ -10,7 +10,7 @@ from celery import Celery, chain
 from psycopg.rows import dict_row
 
 from pgqrs_celery import ConfigurationError, Pgqrs
-from pgqrs_celery.store import steps
+from pgqrs_celery.store import clock
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def queue_length(pgqrs: Pgqrs) -> int:
 
 def due(pgqrs: Pgqrs) -> list[str]:
     def claim(session):  # type: ignore[no-untyped-def]
-        return steps.claim_due(
+        return clock.claim_due(
             session, app="enqueue", may_judge=True, batch=10, max_lost=5, poison="{}", interval=10.0, interval_max=60.0
         )
 

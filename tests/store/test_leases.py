@@ -7,13 +7,13 @@ from uuid import UUID, uuid4
 
 import pytest
 
-from pgqrs_celery.store import steps, workers
+from pgqrs_celery.store import leases, steps, workers
 from tests.support.ledger import INTERVAL, LEASE, MAX_LOST, POISON, Ledger, Worker
 from tests.support.waiting import wait_for
 
 
 def renew(ledger: Ledger, worker: Worker, *task_ids: str) -> set[str]:
-    return steps.renew(ledger.session, task_ids, worker_id=worker.worker_id, lease=LEASE)
+    return leases.renew(ledger.session, task_ids, worker_id=worker.worker_id, lease=LEASE)
 
 
 def test_a_lease_is_renewed_when_a_third_of_it_is_gone_and_not_before(ledger: Ledger) -> None:
@@ -129,7 +129,7 @@ def test_a_stopping_worker_gives_everything_back_uncounted(ledger: Ledger) -> No
     ledger.succeed("finished", ledger.acquire("finished", mine), "1")
     ledger.fail("failed", ledger.acquire("failed", mine))
     ledger.acquire("theirs", other)
-    assert steps.release(ledger.session, app=ledger.app, worker_id=mine.worker_id) == 3
+    assert leases.release(ledger.session, app=ledger.app, worker_id=mine.worker_id) == 3
     row = ledger.row("running")
     assert (row.status, row.due, row.lost, row.sent, row.worker_id, row.lease_token) == (
         "QUEUED", 0.0, 0, False, None, None
@@ -148,7 +148,7 @@ def test_five_deploys_do_not_poison_a_long_step(ledger: Ledger) -> None:
     for _ in range(MAX_LOST * 2):
         worker = Worker()
         ledger.acquire("a", worker)
-        steps.release(ledger.session, app=ledger.app, worker_id=worker.worker_id)
+        leases.release(ledger.session, app=ledger.app, worker_id=worker.worker_id)
     row = ledger.row("a")
     assert (row.status, row.lost, row.attempt) == ("QUEUED", 0, MAX_LOST * 2)
 
@@ -158,7 +158,7 @@ def test_what_a_stopping_worker_had_not_begun_is_due_at_once(ledger: Ledger) -> 
     ledger.acquire("running")
     token = ledger.acquire("retry")
     ledger.record(workflow_id, ledger.step("retry", generation=1, delay=60.0, sent=False), lease_token=token)
-    assert steps.requeue(ledger.session, ["prefetched", "running", "retry"]) == 1
+    assert leases.requeue(ledger.session, ["prefetched", "running", "retry"]) == 1
     row = ledger.row("prefetched")
     assert (row.due, row.sent) == (0.0, False)
     assert (ledger.row("running").due, ledger.row("retry").due) == (LEASE, 60.0)
@@ -241,7 +241,7 @@ def test_a_worker_with_a_new_session_takes_its_steps_along(ledger: Ledger) -> No
     token = ledger.acquire("running", old)
     ledger.succeed("finished", ledger.acquire("finished", old))
     ledger.acquire("theirs", other)
-    steps.move_owner(ledger.session, app=ledger.app, old_id=old.worker_id, new_id=new.worker_id)
+    leases.move_owner(ledger.session, app=ledger.app, old_id=old.worker_id, new_id=new.worker_id)
     assert [ledger.row(t).worker_id for t in ("running", "finished", "theirs")] == [
         new.worker_id,
         new.worker_id,

@@ -7,7 +7,8 @@ from uuid import UUID, uuid4
 
 import pytest
 
-from pgqrs_celery.store import steps
+from pgqrs_celery.store import recording, steps
+from pgqrs_celery.store.recording import Finished
 from tests.support.ledger import ERROR, INTERVAL, LEASE, MAX_LOST, MESSAGE, POISON, Ledger, Worker
 
 #: Everything an owner can write about his step; returns whether it was accepted.
@@ -291,7 +292,7 @@ def test_an_unfinished_step_cannot_be_handed_off(ledger: Ledger, running: bool) 
     if running:
         ledger.acquire("a")
     before = ledger.row("a")
-    assert steps.hand_off(ledger.session, "a", durable=True) is None
+    assert steps.hand_off(ledger.session, "a") is None
     assert ledger.row("a") == before
 
 
@@ -346,3 +347,51 @@ def test_a_token_is_needed_to_write_at_all(ledger: Ledger) -> None:
     for write in ("succeed", "fail", "give_back", "drop"):
         assert not WRITES[write](ledger, uuid4())
     assert ledger.row("a") == before
+
+
+# --- what waits for the disk
+
+
+def committing(ledger: Ledger) -> str:
+    """What the transaction that is open will do at its commit."""
+    row = ledger.session.connection.execute("SHOW synchronous_commit").fetchone()
+    assert row is not None
+    return str(row[0])
+
+
+@pytest.mark.parametrize(
+    ("finished", "durable", "expected"), [(True, False, "on"), (False, True, "on"), (False, False, "off")]
+)
+def test_a_record_waits_for_the_disk_if_it_holds_a_success_or_nothing_else_has_it(
+    ledger: Ledger, finished: bool, durable: bool, expected: str
+) -> None:
+    workflow_id = ledger.start("a")
+    token = ledger.acquire("a")
+    with ledger.session.connection.transaction():
+        recording.record(
+            ledger.session,
+            [ledger.step("b")],
+            workflow_id=workflow_id,
+            app=ledger.app,
+            lease_token=token,
+            finished=Finished("a", "1") if finished else None,
+            durable=durable,
+        )
+        assert committing(ledger) == expected
+
+
+def test_outcomes_wait_for_the_disk_and_what_can_be_repeated_does_not(ledger: Ledger) -> None:
+    ledger.start("a", "b")
+    with ledger.session.connection.transaction():
+        token = ledger.acquire("a")
+        assert committing(ledger) == "off"
+    with ledger.session.connection.transaction():
+        assert steps.succeed(ledger.session, "a", lease_token=token, output="1")
+        assert committing(ledger) == "on"
+    with ledger.session.connection.transaction():
+        assert steps.hand_off(ledger.session, "a") is not None
+        assert committing(ledger) == "off"
+    token = ledger.acquire("b")
+    with ledger.session.connection.transaction():
+        assert steps.fail(ledger.session, "b", error="{}", lease=LEASE, lease_token=token)
+        assert committing(ledger) == "on"

@@ -18,9 +18,9 @@ from psycopg import sql
 from benchmarks.support.volume import analyze, fill
 from pgqrs_celery import embedded
 from pgqrs_celery.db import Database
-from pgqrs_celery.store import migrations, runs, steps, units, workers
+from pgqrs_celery.store import migrations, recording, runs, units, workers
+from pgqrs_celery.store.recording import Finished, NewStep
 from pgqrs_celery.store.results import Outcome
-from pgqrs_celery.store.steps import Finished, NewStep
 from tests.support.ledger import INTERVAL, INTERVAL_MAX, LEASE, MAX_LOST, MESSAGE, POISON, Ledger
 from tests.support.volume import Plan, explain
 
@@ -70,7 +70,7 @@ def claim_parameters(back: float | None = None) -> dict[str, Any]:
 def record_parameters(workflow_id: int, task_id: str) -> dict[str, Any]:
     step = NewStep(task_id, task_id, "shop.pack", 0, MESSAGE, "celery", INTERVAL, True)
     return {
-        "messages": steps.rows([step]), "finished_id": None, "output": None, "hand_off": False,
+        "messages": recording.rows([step]), "finished_id": None, "output": None, "hand_off": False,
         "workflow_id": workflow_id, "app": "shop", "lease_token": None, "commit": "on",
     }  # fmt: skip
 
@@ -78,13 +78,13 @@ def record_parameters(workflow_id: int, task_id: str) -> dict[str, Any]:
 def start_parameters(task_id: str) -> dict[str, Any]:
     step = NewStep(task_id, task_id, "shop.pack", 0, MESSAGE, "celery", INTERVAL, True)
     run = runs.NewRun("shop", task_id, "pack")
-    return {**run.params(), "messages": steps.rows([step])}
+    return {**run.params(), "messages": recording.rows([step])}
 
 
 def acquire_parameters(task_id: str) -> dict[str, Any]:
     return {
         "task_id": task_id, "generation": 0, "lease_token": uuid4(), "worker_id": uuid4(), "lease": LEASE,
-        "max_lost": MAX_LOST, "poison": POISON, "may_judge": True, "commit": "off",
+        "max_lost": MAX_LOST, "poison": POISON, "may_judge": True,
     }  # fmt: skip
 
 
@@ -104,7 +104,7 @@ def no_waste(plan: Plan, *scans: str) -> None:
 
 def test_record_finds_everything_by_key(ledger: Ledger) -> None:
     workflow_id = workflow_of(ledger, "w7-1")
-    no_waste(explain(ledger.session, "steps.record", record_parameters(workflow_id, "new")), TASK, RUN)
+    no_waste(explain(ledger.session, "recording.record", record_parameters(workflow_id, "new")), TASK, RUN)
 
 
 def test_record_with_the_sender_s_success_finds_everything_by_key(ledger: Ledger) -> None:
@@ -112,7 +112,7 @@ def test_record_with_the_sender_s_success_finds_everything_by_key(ledger: Ledger
     workflow_id = workflow_of(ledger, "w7-1")
     parameters = record_parameters(workflow_id, "new")
     parameters.update(finished_id="w7-1", output="1", hand_off=True, lease_token=token)
-    no_waste(explain(ledger.session, "steps.record", parameters), TASK, RUN)
+    no_waste(explain(ledger.session, "recording.record", parameters), TASK, RUN)
     assert ledger.row("w7-1").status == "SUCCESS"
 
 
@@ -141,7 +141,7 @@ def test_an_outcome_finds_its_step_by_task_id(ledger: Ledger, name: str) -> None
         ledger.succeed("w7-1", token)
     parameters = {
         "task_id": "w7-1", "lease_token": token, "output": "1", "error": "{}", "lease": LEASE, "worker_id": None,
-        "generation": 0, "commit": "off", "undoing": False,
+        "generation": 0, "undoing": False,
     }  # fmt: skip
     plan = explain(ledger.session, f"steps.{name}", parameters)
     no_waste(plan, TASK, *((RUN,) if name == "peek" else ()))
@@ -182,13 +182,13 @@ def make_due(ledger: Ledger, count: int) -> None:
 @pytest.mark.parametrize("back", [None, 5.0])
 def test_the_relay_finds_what_is_due_among_20_000_that_wait(ledger: Ledger, back: float | None) -> None:
     make_due(ledger, 3)
-    plan = explain(ledger.session, "steps.claim_due", claim_parameters(back))
+    plan = explain(ledger.session, "clock.claim_due", claim_parameters(back))
     no_waste(plan, DUE, KEY)
 
 
 @pytest.mark.parametrize("back", [None, 5.0])
 def test_the_next_due_time_is_the_first_entry_of_the_index(ledger: Ledger, back: float | None) -> None:
-    plan = explain(ledger.session, "steps.next_due", {"app": "shop", "may_judge": True, "back": back})
+    plan = explain(ledger.session, "clock.next_due", {"app": "shop", "may_judge": True, "back": back})
     no_waste(plan, DUE)
     assert plan.pages <= 10
 
@@ -197,8 +197,8 @@ def test_the_keeper_finds_what_it_holds_by_task_id(ledger: Ledger) -> None:
     held = [f"w{n}-1" for n in range(1, 9)]
     for task_id in held:
         ledger.acquire(task_id)
-    parameters = {"task_ids": held, "worker_id": uuid4(), "lease": LEASE, "commit": "off"}
-    plan = explain(ledger.session, "steps.renew", parameters)
+    parameters = {"task_ids": held, "worker_id": uuid4(), "lease": LEASE}
+    plan = explain(ledger.session, "leases.renew", parameters)
     assert {scan for scan in plan.scans if "Only" not in scan} <= {f"Index Scan on {TASK}", f"Index Scan on {KEY}"}
     assert plan.pages <= PAGES * 2
 
@@ -210,7 +210,7 @@ def test_a_worker_s_steps_are_found_among_what_is_due_some_day(ledger: Ledger, n
         "app": "shop", "worker_id": worker_id, "old_id": worker_id, "new_id": uuid4(), "max_lost": MAX_LOST,
         "poison": POISON,
     }  # fmt: skip
-    plan = explain(ledger.session, f"steps.{name}", parameters)
+    plan = explain(ledger.session, f"leases.{name}", parameters)
     assert {scan.rpartition(" ")[2] for scan in plan.scans} <= {DUE, STEPS}
     assert not [scan for scan in plan.scans if "Seq" in scan], "the finished steps are not looked at"
 
@@ -253,11 +253,11 @@ def churned(large: Database) -> Iterator[Ledger]:
 
 def test_with_an_old_snapshot_open_the_relay_s_look_takes_less_than_5_ms(churned: Ledger) -> None:
     churned.set_clock(churned.execute("SELECT {schema}.pgqrs_now()")[0][0])
-    full = explain(churned.session, "steps.next_due", {"app": "shop", "may_judge": True, "back": None})
+    full = explain(churned.session, "clock.next_due", {"app": "shop", "may_judge": True, "back": None})
     assert full.pages > 10_000, "the old snapshot kept nothing: this test tests nothing"
     for name, parameters in (
-        ("steps.claim_due", claim_parameters(back=5.0)),
-        ("steps.next_due", {"app": "shop", "may_judge": True, "back": 5.0}),
+        ("clock.claim_due", claim_parameters(back=5.0)),
+        ("clock.next_due", {"app": "shop", "may_judge": True, "back": 5.0}),
     ):
         looks = [explain(churned.session, name, parameters) for _ in range(5)]
         assert looks[0].pages <= PAGES, name

@@ -12,9 +12,9 @@ from uuid import uuid4
 import pytest
 
 from pgqrs_celery.db import Session
-from pgqrs_celery.store import runs, steps, workers
+from pgqrs_celery.store import leases, runs, steps, workers
+from pgqrs_celery.store.recording import Finished
 from pgqrs_celery.store.runs import NewRun
-from pgqrs_celery.store.steps import Finished
 from tests.support.ledger import ERROR, LEASE, Ledger, Worker, wait_until_blocked
 
 OPEN = ("QUEUED", "RUNNING")
@@ -149,7 +149,7 @@ def test_the_keeper_does_not_wait_for_a_step_somebody_is_writing(ledger: Ledger)
     other.connection.execute("SET lock_timeout = '1ms'")
     with ledger.session.connection.transaction():
         assert ledger.succeed("a", token)
-        assert steps.renew(other, ["a", "b"], worker_id=worker.worker_id, lease=LEASE) == set()
+        assert leases.renew(other, ["a", "b"], worker_id=worker.worker_id, lease=LEASE) == set()
     assert (ledger.row("a").due, ledger.row("b").due) == (LEASE / 2, LEASE)
 
 
@@ -530,7 +530,7 @@ def test_a_worker_that_comes_back_during_its_judgement_may_still_finish_its_step
 
     def move() -> None:
         workers.register(returned, new.worker_id, app=ledger.app, hostname="celery@host", pid=1)
-        steps.move_owner(returned, app=ledger.app, old_id=old.worker_id, new_id=new.worker_id)
+        leases.move_owner(returned, app=ledger.app, old_id=old.worker_id, new_id=new.worker_id)
 
     with ledger.session.connection.transaction():
         assert workers.try_lock(ledger.session, workers.lock_key(old.worker_id))

@@ -7,13 +7,13 @@ from uuid import uuid4
 import pytest
 
 from pgqrs_celery.exceptions import StoreError
-from pgqrs_celery.store import runs, steps
+from pgqrs_celery.store import recording, runs, steps
+from pgqrs_celery.store.recording import Finished
 from pgqrs_celery.store.runs import NewRun
-from pgqrs_celery.store.steps import Finished
 from tests.support.ledger import INTERVAL, LEASE, MESSAGE, Ledger, Worker
 
 
-def retry(ledger: Ledger, task_id: str, generation: int, delay: float | None = 60.0) -> steps.NewStep:
+def retry(ledger: Ledger, task_id: str, generation: int, delay: float | None = 60.0) -> recording.NewStep:
     return ledger.step(task_id, generation=generation, delay=delay, sent=delay is None, message='{"retry": true}')
 
 
@@ -237,7 +237,7 @@ def test_a_success_in_a_cancelled_run_counts_but_nothing_follows_it(ledger: Ledg
 def test_a_group_is_recorded_as_a_whole(ledger: Ledger) -> None:
     workflow_id = ledger.start("a")
     ledger.record(workflow_id, "m2")
-    found = steps.record(
+    found = recording.record(
         ledger.session, [ledger.step(f"m{n}") for n in range(4)], workflow_id=workflow_id, app=ledger.app
     )
     assert {r.task_id: str(r.outcome) for r in found} == {"m0": "SEND", "m1": "SEND", "m2": "SUPPRESS", "m3": "SEND"}
@@ -245,7 +245,7 @@ def test_a_group_is_recorded_as_a_whole(ledger: Ledger) -> None:
 
 def test_an_awaited_link_keeps_its_run_open_and_takes_its_message_when_it_comes(ledger: Ledger) -> None:
     workflow_id = ledger.start("a")
-    steps.await_link(ledger.session, ledger.step("b"), workflow_id=workflow_id, app=ledger.app)
+    recording.await_link(ledger.session, ledger.step("b"), workflow_id=workflow_id, app=ledger.app)
     ledger.finish("a")
     assert ledger.run_status(workflow_id) in ("QUEUED", "RUNNING")
     row = ledger.row("b")
@@ -262,14 +262,14 @@ def test_awaiting_a_link_that_is_there_changes_nothing(ledger: Ledger) -> None:
     workflow_id = ledger.start("a", "b")
     ledger.acquire("b")
     before = ledger.row("b")
-    steps.await_link(ledger.session, ledger.step("b"), workflow_id=workflow_id, app=ledger.app)
+    recording.await_link(ledger.session, ledger.step("b"), workflow_id=workflow_id, app=ledger.app)
     assert ledger.row("b") == before
 
 
 def test_a_replaced_step_waits_for_the_message_of_its_replacement_s_last_link(ledger: Ledger) -> None:
     workflow_id = ledger.start("a")
     token = ledger.acquire("a", Worker())
-    assert steps.await_replacement(ledger.session, "a", lease_token=token, generation=1 << 32)
+    assert recording.await_replacement(ledger.session, "a", lease_token=token, generation=1 << 32)
     row = ledger.row("a")
     assert (row.status, row.open, row.generation, row.due, row.message) == ("QUEUED", True, 1 << 32, None, None)
     assert not ledger.succeed("a", token)
@@ -284,7 +284,7 @@ def test_zombie_cannot_replace_a_reclaimed_step(ledger: Ledger) -> None:
     ledger.advance(LEASE + 1)
     ledger.acquire("a", Worker())
     before = ledger.row("a")
-    assert not steps.await_replacement(ledger.session, "a", lease_token=zombie, generation=1 << 32)
+    assert not recording.await_replacement(ledger.session, "a", lease_token=zombie, generation=1 << 32)
     assert ledger.row("a") == before
 
 
@@ -299,7 +299,7 @@ def test_a_replacement_is_recorded_with_its_inner_steps_or_not_at_all(ledger: Le
 
     def replace() -> None:
         with ledger.session.connection.transaction():
-            if not steps.await_replacement(ledger.session, "a", lease_token=zombie, generation=1 << 32):
+            if not recording.await_replacement(ledger.session, "a", lease_token=zombie, generation=1 << 32):
                 raise Refused
             ledger.record(workflow_id, "inner")
 

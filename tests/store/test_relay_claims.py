@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from pgqrs_celery.store import runs, steps
+from pgqrs_celery.store import clock, runs, steps
 from pgqrs_celery.store.runs import NewRun
 from tests.support.ledger import INTERVAL, INTERVAL_MAX, LEASE, MESSAGE, Ledger, Worker
 
 
 def next_due(ledger: Ledger, app: str | None = None, may_judge: bool = True) -> float | None:
-    return steps.next_due(ledger.session, app=app or ledger.app, may_judge=may_judge)
+    return clock.next_due(ledger.session, app=app or ledger.app, may_judge=may_judge)
 
 
 def test_nothing_is_due_in_an_empty_ledger(ledger: Ledger) -> None:
@@ -156,7 +156,7 @@ def test_what_the_broker_did_not_take_is_due_soon_as_never_published(ledger: Led
     ledger.start("a", "b")
     ledger.acquire("b")
     before = ledger.row("b")
-    steps.unsent(ledger.session, ["a", "b"], interval=1.5)
+    clock.unsent(ledger.session, ["a", "b"], interval=1.5)
     row = ledger.row("a")
     assert (row.due, row.sent) == (1.5, False)
     assert ledger.row("b") == before, "the message came through after all"
@@ -166,7 +166,7 @@ def test_what_is_sent_again_has_a_new_send_time(ledger: Ledger) -> None:
     ledger.start("a", "b")
     ledger.acquire("b")
     ledger.advance(100)
-    steps.resent(ledger.session, ["a", "b"])
+    clock.resent(ledger.session, ["a", "b"])
     found = ledger.execute("SELECT task_id, sent_at FROM {schema}.pgqrs_workflow_steps ORDER BY task_id")
     assert [at == ledger.now for _, at in found] == [True, False]
 
@@ -189,7 +189,7 @@ def test_a_bounded_look_leaves_out_what_has_been_due_for_longer(ledger: Ledger) 
     ledger.advance(4)
     ledger.start("new")
     ledger.advance(INTERVAL)
-    assert steps.next_due(ledger.session, app=ledger.app, may_judge=True, back=3.0) == 0.0
+    assert clock.next_due(ledger.session, app=ledger.app, may_judge=True, back=3.0) == 0.0
     assert [step.task_id for step in ledger.claim(back=3.0)] == ["new"]
     assert next_due(ledger) == -4.0
     assert [step.task_id for step in ledger.claim()] == ["old"]

@@ -8,7 +8,7 @@ from uuid import uuid4
 import pytest
 
 from pgqrs_celery.exceptions import RunNotFound, RunStateError
-from pgqrs_celery.store import runs, steps
+from pgqrs_celery.store import recording, runs, steps
 from pgqrs_celery.store.runs import NewRun
 from tests.support.ledger import ERROR, INTERVAL, LEASE, MESSAGE, Ledger, Worker
 
@@ -280,7 +280,7 @@ def test_pause_and_unpause_are_idempotent(ledger: Ledger) -> None:
 
 def test_unpause_wakes_what_was_parked_and_not_what_waits_for_a_message(ledger: Ledger) -> None:
     workflow_id = ledger.start("a")
-    steps.await_link(ledger.session, ledger.step("b"), workflow_id=workflow_id, app=ledger.app)
+    recording.await_link(ledger.session, ledger.step("b"), workflow_id=workflow_id, app=ledger.app)
     runs.pause(ledger.session, workflow_id)
     assert ledger.ask("a").verdict == "PAUSED"
     assert ledger.park("a", workflow_id)
@@ -331,7 +331,7 @@ def test_the_backstop_goes_round_in_bounded_batches_and_keeps_to_its_app(ledger:
 
 def test_a_run_that_waits_for_an_awaited_link_is_not_stuck(ledger: Ledger) -> None:
     workflow_id = ledger.start("a")
-    steps.await_link(ledger.session, ledger.step("b"), workflow_id=workflow_id, app=ledger.app)
+    recording.await_link(ledger.session, ledger.step("b"), workflow_id=workflow_id, app=ledger.app)
     ledger.succeed_and_hand_off("a")
     ledger.advance(100)
     assert stuck(ledger) == ([], None)

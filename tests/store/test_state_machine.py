@@ -26,8 +26,8 @@ from hypothesis.stateful import (
 )
 
 from pgqrs_celery.db import Database
-from pgqrs_celery.store import runs, steps
-from pgqrs_celery.store.steps import Finished
+from pgqrs_celery.store import leases, recording, runs, steps
+from pgqrs_celery.store.recording import Finished
 from tests.support.ledger import LEASE, Ledger
 from tests.support.model import OPEN_RUN, Model
 
@@ -318,7 +318,7 @@ class LedgerMachine(RuleBasedStateMachine):
         """The step is replaced by one that stands for its last link: same id, next nesting."""
         generation = ((owner.generation >> 32) + 1) << 32
         with self.ledger.session.connection.transaction():
-            accepted = steps.await_replacement(
+            accepted = recording.await_replacement(
                 self.ledger.session, self.id(owner.step), lease_token=owner.token, generation=generation
             )
             assert accepted == self.model.await_replacement(owner.step, owner.token, generation)
@@ -372,11 +372,11 @@ class LedgerMachine(RuleBasedStateMachine):
 
     def renew(self, worker: UUID) -> None:
         held = sorted({owner.step for owner in self.world.owners if owner.worker == worker})
-        lost = steps.renew(self.ledger.session, map(self.id, held), worker_id=worker, lease=LEASE)
+        lost = leases.renew(self.ledger.session, map(self.id, held), worker_id=worker, lease=LEASE)
         assert {task_id.removeprefix(self.prefix) for task_id in lost} == self.model.renew(worker, held)
 
     def declare_dead(self, worker: UUID, *, really: bool) -> None:
-        expired = steps.expire(
+        expired = leases.expire(
             self.ledger.session, app=self.ledger.app, worker_id=worker, max_lost=self.model.max_lost, poison="{}"
         )
         assert expired == self.model.expire(worker)
@@ -384,7 +384,7 @@ class LedgerMachine(RuleBasedStateMachine):
             self.world.owners = [owner for owner in self.world.owners if owner.worker != worker]
 
     def stop(self, worker: UUID) -> None:
-        released = steps.release(self.ledger.session, app=self.ledger.app, worker_id=worker)
+        released = leases.release(self.ledger.session, app=self.ledger.app, worker_id=worker)
         assert released == self.model.release(worker)
         self.world.owners = [owner for owner in self.world.owners if owner.worker != worker]
 

@@ -14,9 +14,11 @@ import psycopg
 from psycopg import sql
 
 from pgqrs_celery.db import Database, Session
-from pgqrs_celery.store import runs, steps
+from pgqrs_celery.store import clock, leases, recording, runs, steps
+from pgqrs_celery.store.clock import DueStep
+from pgqrs_celery.store.recording import Finished, NewStep
 from pgqrs_celery.store.runs import NewRun
-from pgqrs_celery.store.steps import Acquired, DueStep, Finished, NewStep
+from pgqrs_celery.store.steps import Acquired
 from tests.support.waiting import wait_for
 
 Value = TypeVar("Value")
@@ -179,7 +181,7 @@ class Ledger:
         """Record one step into a run; returns the outcome."""
         if isinstance(step, str):
             step = self.step(step)
-        recorded = steps.record(
+        recorded = recording.record(
             session or self.session,
             [step],
             workflow_id=workflow_id,
@@ -268,7 +270,7 @@ class Ledger:
         app: str | None = None,
     ) -> list[DueStep]:
         """What the relay finds due."""
-        return steps.claim_due(
+        return clock.claim_due(
             session or self.session,
             app=app or self.app,
             may_judge=may_judge,
@@ -282,7 +284,7 @@ class Ledger:
 
     def expire(self, worker: Worker, max_lost: int = MAX_LOST) -> int:
         """Declare a worker dead; returns how many steps that concerns."""
-        return steps.expire(self.session, app=self.app, worker_id=worker.worker_id, max_lost=max_lost, poison=POISON)
+        return leases.expire(self.session, app=self.app, worker_id=worker.worker_id, max_lost=max_lost, poison=POISON)
 
     def close_if_quiet(self, workflow_id: int, session: Session | None = None) -> str | None:
         """Look whether a run is quiet, and close it."""
