@@ -18,7 +18,7 @@ from psycopg import sql
 from benchmarks.support.volume import analyze, fill
 from pgqrs_celery import embedded
 from pgqrs_celery.db import Database
-from pgqrs_celery.store import migrations, recording, runs, units, workers
+from pgqrs_celery.store import migrations, recording, runs, steps, units, workers
 from pgqrs_celery.store.recording import Finished, NewStep
 from pgqrs_celery.store.results import Outcome
 from tests.support.ledger import INTERVAL, INTERVAL_MAX, LEASE, MAX_LOST, MESSAGE, POISON, Ledger
