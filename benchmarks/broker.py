@@ -27,7 +27,8 @@ from celery import Celery
 from benchmarks.support.application import Side
 from benchmarks.support.arena import Contestant, Servers, servers
 from benchmarks.support.measure import machine
-from pgqrs_celery.db import Database, Session
+from pgqrs_celery.db import Database
+from pgqrs_celery.session import Session
 from pgqrs_celery.store import messages, migrations
 from pgqrs_celery.store.messages import NewMessage
 from pgqrs_celery.transport.keeper import WIRE_SETTINGS

@@ -21,7 +21,8 @@ from uuid import uuid4
 from benchmarks.support.measure import machine
 from benchmarks.support.volume import analyze, fill
 from pgqrs_celery import embedded
-from pgqrs_celery.db import Database, Session
+from pgqrs_celery.db import Database
+from pgqrs_celery.session import Session
 from pgqrs_celery.store import clock, leases, migrations, recording, runs, steps
 from pgqrs_celery.store.recording import Finished, NewStep
 from pgqrs_celery.store.runs import NewRun

@@ -19,7 +19,6 @@ from pgqrs_celery.codec import Codec
 from pgqrs_celery.completion import DurableChords
 from pgqrs_celery.conf import DSN_VARIABLE, PREFIX, Settings
 from pgqrs_celery.databases import database_for
-from pgqrs_celery.db import Session
 from pgqrs_celery.durability import BORROWED
 from pgqrs_celery.envelope import MARKER, Envelope
 from pgqrs_celery.exceptions import ConfigurationError
@@ -30,6 +29,7 @@ from pgqrs_celery.ledger import Ledger
 from pgqrs_celery.monitor import Monitor
 from pgqrs_celery.recorder import Recorder
 from pgqrs_celery.send import SendSeam
+from pgqrs_celery.session import Session
 from pgqrs_celery.store import events, migrations, runs
 from pgqrs_celery.task import BorrowedTask, DurableTask
 from pgqrs_celery.transactional import transactional

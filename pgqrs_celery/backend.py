@@ -32,9 +32,9 @@ from pgqrs_celery import urls
 from pgqrs_celery.chording import ChordMixin
 from pgqrs_celery.conf import PREFIX, Settings
 from pgqrs_celery.databases import database_for
-from pgqrs_celery.db import Session
 from pgqrs_celery.encoding import pack, unpack
 from pgqrs_celery.exceptions import ConfigurationError, NotInstalled, StoreError, StoreUnavailable
+from pgqrs_celery.session import Session
 from pgqrs_celery.store import chords, migrations, results, waiters
 from pgqrs_celery.store.payloads import Payload
 from pgqrs_celery.store.results import LAST, Outcome, Part, Result

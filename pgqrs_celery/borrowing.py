@@ -10,11 +10,12 @@ from psycopg.rows import RowFactory, class_row, tuple_row
 
 from pgqrs_celery import transactions
 from pgqrs_celery.circumstances import outer
-from pgqrs_celery.db import Params, Session, Verbatim
+from pgqrs_celery.db import Verbatim
 from pgqrs_celery.exceptions import ConfigurationError
 from pgqrs_celery.execution import Execution
 from pgqrs_celery.ledger import Ledger
 from pgqrs_celery.outgoing import Outgoing
+from pgqrs_celery.session import Params, Session
 from pgqrs_celery.transactions import asynchronous, django_connection, is_asynchronous
 
 __all__ = ["BorrowedSession", "callers_session", "driver_connection"]

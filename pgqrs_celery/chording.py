@@ -24,9 +24,9 @@ from celery.utils.log import get_logger
 from kombu.serialization import prepare_accept_content
 
 from pgqrs_celery.conf import Settings
-from pgqrs_celery.db import Session
 from pgqrs_celery.encoding import pack, unpack
 from pgqrs_celery.exceptions import StoreError
+from pgqrs_celery.session import Session
 from pgqrs_celery.store import chords
 from pgqrs_celery.store.chords import Chord, Look, State
 from pgqrs_celery.store.results import Outcome, Part

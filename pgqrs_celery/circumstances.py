@@ -6,9 +6,9 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 from pgqrs_celery import outbox
-from pgqrs_celery.db import Session
 from pgqrs_celery.drafting import RunSpec
 from pgqrs_celery.outgoing import Outgoing
+from pgqrs_celery.session import Session
 from pgqrs_celery.store.messages import NewMessage, Published
 from pgqrs_celery.store.recording import Recorded
 from pgqrs_celery.store.runs import Run

@@ -19,11 +19,11 @@ from celery.canvas import maybe_signature
 from celery.exceptions import ChordError
 
 from pgqrs_celery.circumstances import Target, target
-from pgqrs_celery.db import Session
 from pgqrs_celery.durability import has_durable_task, heads
 from pgqrs_celery.joint import shares_ledger
 from pgqrs_celery.ledger import Ledger
 from pgqrs_celery.recorder import Recorder
+from pgqrs_celery.session import Session
 from pgqrs_celery.store import chords, runs
 from pgqrs_celery.store.chords import Chord, Look, State
 

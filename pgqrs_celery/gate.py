@@ -20,7 +20,6 @@ from celery.exceptions import NotRegistered
 from kombu.exceptions import EncodeError
 
 from pgqrs_celery import execution, ids
-from pgqrs_celery.db import Session
 from pgqrs_celery.durability import signature_ids
 from pgqrs_celery.envelope import UNDOING, WAITER
 from pgqrs_celery.exceptions import NotDurable, StoreUnavailable
@@ -28,6 +27,7 @@ from pgqrs_celery.execution import Execution, Phase
 from pgqrs_celery.joint import Joint
 from pgqrs_celery.ledger import Ledger
 from pgqrs_celery.recorder import Recorder
+from pgqrs_celery.session import Session
 from pgqrs_celery.store import inner, runs, steps
 from pgqrs_celery.store.results import Outcome
 from pgqrs_celery.store.steps import BrokenHandOff

@@ -8,9 +8,9 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID, uuid4
 
-from pgqrs_celery.db import Session
 from pgqrs_celery.exceptions import LeaseLost
 from pgqrs_celery.ledger import Ledger
+from pgqrs_celery.session import Session
 from pgqrs_celery.store import runs, steps
 from pgqrs_celery.store.recording import NewStep
 from pgqrs_celery.store.runs import NewRun

@@ -14,7 +14,6 @@ from celery.backends.base import DisabledBackend
 from celery.exceptions import TimeoutError as CeleryTimeout
 from celery.result import AsyncResult, GroupResult, result_from_tuple
 
-from pgqrs_celery.db import Session
 from pgqrs_celery.durability import signature_ids
 from pgqrs_celery.envelope import Envelope
 from pgqrs_celery.exceptions import RunCancelled, RunFailed, RunNotFound, RunStateError, RunTimeout
@@ -22,6 +21,7 @@ from pgqrs_celery.finish import backend_for
 from pgqrs_celery.gate import recorded_error
 from pgqrs_celery.joint import shares_ledger
 from pgqrs_celery.monitor import RunRecord, StepRecord
+from pgqrs_celery.session import Session
 from pgqrs_celery.states import TERMINAL, Status
 from pgqrs_celery.store import chords, runs, steps
 from pgqrs_celery.store.runs import Run

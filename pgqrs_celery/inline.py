@@ -17,11 +17,11 @@ from uuid import uuid4
 
 from pgqrs_celery.calls import Call
 from pgqrs_celery.context import Context
-from pgqrs_celery.db import Session
 from pgqrs_celery.exceptions import LeaseLost, RunStateError, StepMisused, WorkflowKeyConflict
 from pgqrs_celery.failures import dump_error
 from pgqrs_celery.journal import Journal
 from pgqrs_celery.ledger import Ledger
+from pgqrs_celery.session import Session
 from pgqrs_celery.states import Status
 from pgqrs_celery.step import StepCall
 from pgqrs_celery.store import inline, inner

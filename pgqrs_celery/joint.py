@@ -15,10 +15,10 @@ from uuid import UUID
 from celery import Celery
 
 from pgqrs_celery.backend import PostgresBackend
-from pgqrs_celery.db import Session
 from pgqrs_celery.execution import Deferred, Execution
 from pgqrs_celery.ledger import Ledger
 from pgqrs_celery.recorder import Recorder
+from pgqrs_celery.session import Session
 from pgqrs_celery.store import recording, results, runs, steps, units, waiters
 from pgqrs_celery.store.messages import NewMessage, Published, insertion
 from pgqrs_celery.store.recording import Finished, Recorded

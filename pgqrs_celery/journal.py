@@ -21,10 +21,10 @@ from typing import Any, Final, NoReturn, TypeVar
 
 from pgqrs_celery import ids
 from pgqrs_celery.bodies import Bodies
-from pgqrs_celery.db import Session
 from pgqrs_celery.exceptions import InputChanged, LeaseLost, StepMisused, StoreUnavailable, Suspended
 from pgqrs_celery.failures import dump_error, load_error
 from pgqrs_celery.ledger import Ledger
+from pgqrs_celery.session import Session
 from pgqrs_celery.states import Status
 from pgqrs_celery.store import inner, runs
 from pgqrs_celery.store.inner import Inner, NewInner, Owner

@@ -12,9 +12,10 @@ from typing import Any, Protocol, TypeVar
 from uuid import UUID
 
 from pgqrs_celery.conf import Settings
-from pgqrs_celery.db import Database, Session
+from pgqrs_celery.db import Database
 from pgqrs_celery.holdings import Holdings
 from pgqrs_celery.incarnation import Incarnation
+from pgqrs_celery.session import Session
 from pgqrs_celery.store import migrations
 
 __all__ = ["Ledger", "Values"]

@@ -20,8 +20,9 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session as OrmSession
 from sqlalchemy.pool import QueuePool
 
-from pgqrs_celery.db import Database, Session, translate
+from pgqrs_celery.db import Database, translate
 from pgqrs_celery.exceptions import StepMisused
+from pgqrs_celery.session import Session
 
 __all__ = ["Work", "begin", "current"]
 

@@ -8,13 +8,13 @@ from typing import Any
 
 from celery import Celery
 
-from pgqrs_celery.db import Session
 from pgqrs_celery.durability import durable_heads, has_durable_task, links
 from pgqrs_celery.envelope import SENT
 from pgqrs_celery.exceptions import NotDurable, PlainTaskInDurableCanvas
 from pgqrs_celery.execution import Execution
 from pgqrs_celery.ledger import Ledger
 from pgqrs_celery.outgoing import Outgoing
+from pgqrs_celery.session import Session
 from pgqrs_celery.store import recording
 from pgqrs_celery.store.recording import NewStep
 

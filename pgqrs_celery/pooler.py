@@ -8,7 +8,8 @@ from uuid import uuid4
 
 import psycopg
 
-from pgqrs_celery.db import Connection, Database, is_direct, notifications, translate
+from pgqrs_celery.db import Database, is_direct, notifications, translate
+from pgqrs_celery.session import Connection
 
 __all__ = ["is_own_session"]
 

@@ -20,11 +20,12 @@ from uuid import UUID, uuid4
 
 import psycopg
 
-from pgqrs_celery.db import Session, notifications, translate
+from pgqrs_celery.db import notifications, translate
 from pgqrs_celery.exceptions import StoreError
 from pgqrs_celery.ledger import Ledger
 from pgqrs_celery.lookout import SETTLING, lookout
 from pgqrs_celery.pooler import is_own_session
+from pgqrs_celery.session import Session
 from pgqrs_celery.store import leases, runs, workers
 
 __all__ = ["Presence"]

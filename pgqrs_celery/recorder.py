@@ -14,7 +14,6 @@ from kombu.exceptions import OperationalError
 from pgqrs_celery import outbox
 from pgqrs_celery.borrowing import callers_session
 from pgqrs_celery.circumstances import Box, ExistingRun, Target, starting, target
-from pgqrs_celery.db import Session
 from pgqrs_celery.drafting import Drafter
 from pgqrs_celery.durability import signature_ids
 from pgqrs_celery.envelope import SENT
@@ -24,6 +23,7 @@ from pgqrs_celery.ledger import Ledger
 from pgqrs_celery.mixture import await_links, refuse
 from pgqrs_celery.outgoing import Outgoing
 from pgqrs_celery.posting import Poster
+from pgqrs_celery.session import Session
 from pgqrs_celery.store import chords, clock, recording, runs, steps
 from pgqrs_celery.store import messages as sent
 from pgqrs_celery.store.chords import Chord

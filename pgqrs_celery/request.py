@@ -17,10 +17,10 @@ from celery.worker import request as celery_request
 from celery.worker.state import task_ready
 
 from pgqrs_celery import ids
-from pgqrs_celery.db import Session
 from pgqrs_celery.envelope import SENT, UNDOING
 from pgqrs_celery.exceptions import StoreUnavailable
 from pgqrs_celery.ledger import Ledger
+from pgqrs_celery.session import Session
 from pgqrs_celery.store import runs, steps
 from pgqrs_celery.task import ledger_of
 

@@ -7,9 +7,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from pgqrs_celery import execution, lending
-from pgqrs_celery.db import Database, Session
+from pgqrs_celery.db import Database
 from pgqrs_celery.exceptions import LeaseLost
 from pgqrs_celery.execution import Execution, Phase
+from pgqrs_celery.session import Session
 from pgqrs_celery.store import steps
 
 if TYPE_CHECKING:

@@ -13,10 +13,10 @@ from datetime import datetime
 from functools import partial
 from typing import Any, Final
 
-from pgqrs_celery.db import Session
 from pgqrs_celery.exceptions import EventTimeout, StepFailed, StoreError
 from pgqrs_celery.failures import dump_error, load_error
 from pgqrs_celery.journal import Journal, current_step
+from pgqrs_celery.session import Session
 from pgqrs_celery.states import Status
 from pgqrs_celery.store import events, inner
 from pgqrs_celery.store.inner import Child, Inner, Wait, Waited

@@ -14,11 +14,11 @@ from pgqrs_celery import ids
 from pgqrs_celery.codec import Codec
 from pgqrs_celery.conf import Settings
 from pgqrs_celery.databases import database_for
-from pgqrs_celery.db import Session
 from pgqrs_celery.exceptions import RunCancelled, RunFailed, RunNotFound
 from pgqrs_celery.failures import load_error
 from pgqrs_celery.ledger import Ledger
 from pgqrs_celery.monitor import Monitor, RunRecord
+from pgqrs_celery.session import Session
 from pgqrs_celery.states import TERMINAL, Status
 from pgqrs_celery.store import consumed, migrations
 

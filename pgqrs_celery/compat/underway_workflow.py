@@ -10,8 +10,8 @@ from pgqrs_celery.borrowing import BorrowedSession, driver_connection
 from pgqrs_celery.compat.underway_cron import Cron
 from pgqrs_celery.compat.underway_runtime import Runtime
 from pgqrs_celery.compat.underway_types import Typed
-from pgqrs_celery.db import Session
 from pgqrs_celery.exceptions import NotDurable
+from pgqrs_celery.session import Session
 from pgqrs_celery.store import schedules
 from pgqrs_celery.store.schedules import NewSchedule
 from pgqrs_celery.workflow import Workflow as NamedCanvas

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
-from pgqrs_celery.db import Session
+from pgqrs_celery.session import Session
 from pgqrs_celery.store import results, waiters
 from pgqrs_celery.store.payloads import NOTHING, Payload
 from pgqrs_celery.store.results import Outcome, Part

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from pgqrs_celery.db import Session
+from pgqrs_celery.session import Session
 
 __all__ = ["DueStep", "claim_due", "next_due", "resent", "unsent"]
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from uuid import UUID
 
-from pgqrs_celery.db import Session
 from pgqrs_celery.exceptions import StoreError
+from pgqrs_celery.session import Session
 from pgqrs_celery.store import runs
 from pgqrs_celery.store.inner import Owner
 from pgqrs_celery.store.recording import NewStep

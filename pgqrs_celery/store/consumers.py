@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Final
 from uuid import UUID
 
-from pgqrs_celery.db import Params, Session
+from pgqrs_celery.session import Params, Session
 from pgqrs_celery.store.messages import LONGEST_LOOK, Published
 
 __all__ = [

@@ -7,8 +7,8 @@ Both lock the event before the function.
 
 from __future__ import annotations
 
-from pgqrs_celery.db import Session
 from pgqrs_celery.exceptions import RunNotFound
+from pgqrs_celery.session import Session
 from pgqrs_celery.store import inner, runs
 from pgqrs_celery.store.inner import Owner, Wait, Waited
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from uuid import UUID
 
-from pgqrs_celery.db import Session
 from pgqrs_celery.exceptions import RunNotFound, RunStateError, StoreError
+from pgqrs_celery.session import Session
 from pgqrs_celery.states import Status
 from pgqrs_celery.store import runs, steps
 from pgqrs_celery.store.inner import Owner

@@ -14,7 +14,7 @@ from uuid import UUID
 
 from psycopg.errors import UniqueViolation
 
-from pgqrs_celery.db import Session
+from pgqrs_celery.session import Session
 from pgqrs_celery.states import OPEN, Status
 
 __all__ = ["Child", "ChildRun", "Inner", "Owner", "Wait", "Waited", "load", "record", "sleep", "wake_waiter"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from uuid import UUID
 
-from pgqrs_celery.db import Session
+from pgqrs_celery.session import Session
 
 __all__ = ["expire", "move_owner", "release", "renew", "requeue"]
 

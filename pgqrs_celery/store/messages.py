@@ -15,7 +15,8 @@ from datetime import datetime
 from typing import Any, Final
 from uuid import UUID
 
-from pgqrs_celery.db import SEPARATOR, Params, Session
+from pgqrs_celery.db import SEPARATOR
+from pgqrs_celery.session import Params, Session
 
 __all__ = [
     "LONGEST_LOOK",

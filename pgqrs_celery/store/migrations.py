@@ -15,8 +15,9 @@ from functools import cache
 from importlib import resources
 from typing import Any, cast
 
-from pgqrs_celery.db import Database, Session
+from pgqrs_celery.db import Database
 from pgqrs_celery.exceptions import NotInstalled, SchemaOutdated
+from pgqrs_celery.session import Session
 from pgqrs_celery.store.statements import quote_identifier
 
 __all__ = ["Migration", "applied", "available", "install", "script", "verify"]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from uuid import UUID
 
-from pgqrs_celery.db import Session
+from pgqrs_celery.session import Session
 
 __all__ = [
     "Binding",

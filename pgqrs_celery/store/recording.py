@@ -14,7 +14,7 @@ from enum import StrEnum
 from typing import Any, Final
 from uuid import UUID
 
-from pgqrs_celery.db import Session
+from pgqrs_celery.session import Session
 
 __all__ = [
     "Finished",

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Final
 
-from pgqrs_celery.db import Session
 from pgqrs_celery.prepared import bytea
+from pgqrs_celery.session import Session
 from pgqrs_celery.store import waiters
 from pgqrs_celery.store.payloads import NOTHING, Payload
 

@@ -7,7 +7,7 @@ than the retention finds no row, and is dropped because it says that it was reco
 
 from __future__ import annotations
 
-from pgqrs_celery.db import Session
+from pgqrs_celery.session import Session
 from pgqrs_celery.store import chords
 
 __all__ = ["prune_runs"]

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pgqrs_celery.db import Session
 from pgqrs_celery.exceptions import RunNotFound, RunStateError
+from pgqrs_celery.session import Session
 from pgqrs_celery.states import Status
 from pgqrs_celery.store import inner, recording, steps
 from pgqrs_celery.store.recording import NewStep, Outcome, Recorded

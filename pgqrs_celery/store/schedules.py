@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from pgqrs_celery.db import Session
 from pgqrs_celery.exceptions import StoreError
+from pgqrs_celery.session import Session
 
 __all__ = ["DueSchedule", "NewSchedule", "advance", "claim", "next_due", "now", "put", "remove"]
 

@@ -12,7 +12,7 @@ from enum import StrEnum
 from typing import Any
 from uuid import UUID
 
-from pgqrs_celery.db import TRUE, Session
+from pgqrs_celery.session import TRUE, Session
 from pgqrs_celery.store.recording import NewStep
 
 __all__ = [

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from typing import Any, Final
 from uuid import UUID
 
-from pgqrs_celery.db import TRUE, Session
+from pgqrs_celery.session import TRUE, Session
 from pgqrs_celery.store.messages import NewMessage
 from pgqrs_celery.store.recording import NewStep, Recorded
 from pgqrs_celery.store.recording import Outcome as Fate

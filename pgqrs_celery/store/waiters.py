@@ -14,8 +14,9 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Final
 
-from pgqrs_celery.db import SEPARATOR, Session
+from pgqrs_celery.db import SEPARATOR
 from pgqrs_celery.prepared import array
+from pgqrs_celery.session import Session
 
 __all__ = ["ABANDONED", "cancel", "heard", "ping", "prune", "register", "wake_statement"]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from uuid import UUID
 
-from pgqrs_celery.db import Session
+from pgqrs_celery.session import Session
 
 __all__ = ["Neighbour", "beat", "neighbours", "register", "stop", "try_lock", "watermarks"]
 

@@ -20,8 +20,9 @@ import psycopg
 from pgqrs_celery import outbox
 from pgqrs_celery.conf import PREFIX, Settings
 from pgqrs_celery.databases import database_for
-from pgqrs_celery.db import Connection, Session, translate
+from pgqrs_celery.db import translate
 from pgqrs_celery.listener import KEEPALIVE
+from pgqrs_celery.session import Connection, Session
 from pgqrs_celery.store import consumers, messages, migrations
 from pgqrs_celery.store.messages import NewMessage, Published
 from pgqrs_celery.transport import bell

@@ -20,10 +20,10 @@ import time
 from typing import Final
 from uuid import UUID, uuid4
 
-from pgqrs_celery.db import Session
 from pgqrs_celery.exceptions import StoreError, StoreUnavailable
 from pgqrs_celery.lookout import SETTLING, lookout
 from pgqrs_celery.pooler import is_own_session
+from pgqrs_celery.session import Session
 from pgqrs_celery.store import consumers, messages, queues
 from pgqrs_celery.store.consumers import Sight
 from pgqrs_celery.store.messages import LONGEST_LOOK, LOOK_INTERVAL, Published

@@ -12,8 +12,8 @@ import psycopg
 from kombu.exceptions import ChannelError
 from kombu.transport import base
 
-from pgqrs_celery.db import Session
 from pgqrs_celery.exceptions import StoreUnavailable
+from pgqrs_celery.session import Session
 from pgqrs_celery.store import broadcasts, consumers, messages, queues
 from pgqrs_celery.store.messages import Claimed, Published
 from pgqrs_celery.transport import bell

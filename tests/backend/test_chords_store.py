@@ -9,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import psycopg
 import pytest
 
-from pgqrs_celery.db import Database, Session
+from pgqrs_celery.db import Database
+from pgqrs_celery.session import Session
 from pgqrs_celery.store import chords, results
 from pgqrs_celery.store.chords import Chord, State
 from pgqrs_celery.store.payloads import Payload

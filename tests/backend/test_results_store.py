@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from pgqrs_celery.db import Database, Session
+from pgqrs_celery.db import Database
 from pgqrs_celery.exceptions import StoreError
+from pgqrs_celery.session import Session
 from pgqrs_celery.store import chords, results
 from pgqrs_celery.store.chords import Chord
 from pgqrs_celery.store.payloads import Payload

@@ -10,7 +10,8 @@ import kombu
 import pytest
 from celery import Celery
 
-from pgqrs_celery.db import Database, Session
+from pgqrs_celery.db import Database
+from pgqrs_celery.session import Session
 from pgqrs_celery.store import migrations
 from tests.broker.workers import Bench, application
 

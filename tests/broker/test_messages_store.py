@@ -9,7 +9,8 @@ from uuid import UUID, uuid4
 
 import pytest
 
-from pgqrs_celery.db import Connection, Database, Session
+from pgqrs_celery.db import Database
+from pgqrs_celery.session import Connection, Session
 from pgqrs_celery.store import broadcasts, consumers, messages, queues, workers
 from pgqrs_celery.store.messages import Claimed, NewMessage
 from pgqrs_celery.store.queues import Binding, Queue

@@ -10,9 +10,9 @@ import pytest
 from celery import chain, chord, group
 from celery.exceptions import TaskRevokedError
 
-from pgqrs_celery.db import Session
 from pgqrs_celery.exceptions import NotDurable, PoisonedStep
 from pgqrs_celery.guard import StepGuard
+from pgqrs_celery.session import Session
 from pgqrs_celery.store import steps
 from pgqrs_celery.store.steps import Verdict
 from tests.support.bench import TIMEOUT, Bench

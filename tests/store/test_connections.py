@@ -11,8 +11,9 @@ import psycopg
 import pytest
 
 from pgqrs_celery import embedded
-from pgqrs_celery.db import Database, Session, notifications
+from pgqrs_celery.db import Database, notifications
 from pgqrs_celery.exceptions import ConfigurationError, NotInstalled, StoreError, StoreUnavailable
+from pgqrs_celery.session import Session
 from pgqrs_celery.store import steps
 from tests.support.processes import in_child
 from tests.support.waiting import wait_for

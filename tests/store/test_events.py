@@ -11,9 +11,9 @@ from uuid import UUID, uuid4
 
 import pytest
 
-from pgqrs_celery.db import Session
 from pgqrs_celery.exceptions import RunNotFound
 from pgqrs_celery.ids import relay_channel
+from pgqrs_celery.session import Session
 from pgqrs_celery.store import events, inner, runs
 from pgqrs_celery.store.inner import NewInner, Owner, Waited
 from tests.support.ledger import ERROR, Ledger, wait_until_blocked

@@ -9,9 +9,10 @@ from uuid import UUID
 import psycopg
 import pytest
 
-from pgqrs_celery.db import Database, Session
+from pgqrs_celery.db import Database
 from pgqrs_celery.exceptions import StoreError, StoreUnavailable
 from pgqrs_celery.prepared import bytea, execute
+from pgqrs_celery.session import Session
 from tests.support.waiting import wait_for
 
 SERIES = "SELECT generate_series(1, %(up_to)s::int) AS n WHERE %(again)s::int = %(up_to)s::int AND 7 %% 2 = 1"

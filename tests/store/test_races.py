@@ -11,7 +11,7 @@ from uuid import uuid4
 
 import pytest
 
-from pgqrs_celery.db import Session
+from pgqrs_celery.session import Session
 from pgqrs_celery.store import leases, runs, steps, workers
 from pgqrs_celery.store.recording import Finished
 from pgqrs_celery.store.runs import NewRun

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pgqrs_celery.db import Session
+from pgqrs_celery.session import Session
 from pgqrs_celery.store import retention
 from tests.support.ledger import Ledger
 

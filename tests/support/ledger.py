@@ -13,7 +13,8 @@ from uuid import UUID, uuid4
 import psycopg
 from psycopg import sql
 
-from pgqrs_celery.db import Database, Session
+from pgqrs_celery.db import Database
+from pgqrs_celery.session import Session
 from pgqrs_celery.store import clock, leases, recording, runs, steps
 from pgqrs_celery.store.clock import DueStep
 from pgqrs_celery.store.recording import Finished, NewStep

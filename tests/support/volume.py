@@ -9,7 +9,7 @@ from typing import Any
 
 from psycopg import sql
 
-from pgqrs_celery.db import Session
+from pgqrs_celery.session import Session
 
 
 @dataclass(frozen=True, slots=True)
