@@ -5,19 +5,20 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pgqrs_celery import embedded
 from tests.support.fleet import Fleet
 from tests.support.rabbitmq import Address
-from tests.support.scenario import Scenario
+from tests.support.scenario import LONG_LEASE, Scenario
 
 #: Everything on one Postgres is what tests use that do not care; others where the protocol is another there.
 BROKERS = ["postgres", "redis", pytest.param("rabbitmq", marks=pytest.mark.rabbitmq)]
 
-#: The numbered database of this session's Redis that its fleets use; tests get theirs from 0 upwards.
-FLEET_DATABASE = 4095
+#: The numbered databases of this session's Redis that its fleets use; tests get theirs from 0 upwards.
+FLEET_DATABASE, BRIEF_DATABASE = 4095, 4092
 
 
 @pytest.fixture(scope="session")
@@ -26,12 +27,13 @@ def fleet_scenario(
 ) -> Callable[..., Scenario]:
     """Make the scenario of a shared fleet: on one Postgres, or on another broker with its results in a Redis."""
 
-    def make(broker: str | None = None, backend: str | None = None) -> Scenario:
-        return Scenario.on_postgres(
+    def make(broker: str | None = None, backend: str | None = None, **conf: Any) -> Scenario:
+        scenario = Scenario.on_postgres(
             postgres_server.start().dsn(),
             schema=f"fleet_{uuid.uuid4().hex[:12]}",
             directory=str(tmp_path_factory.mktemp("fleet")),
-        ).using(broker, backend)
+        )
+        return scenario.using(broker, backend).with_conf(**conf)
 
     return make
 
@@ -39,7 +41,7 @@ def fleet_scenario(
 @pytest.fixture(scope="session")
 def postgres_fleet(fleet_scenario: Callable[..., Scenario]) -> Iterator[Fleet]:
     """Two prefork workers of two processes each, with everything on one Postgres."""
-    with Fleet(fleet_scenario()) as fleet:
+    with Fleet(fleet_scenario(**LONG_LEASE)) as fleet:
         yield fleet
 
 
@@ -47,6 +49,21 @@ def postgres_fleet(fleet_scenario: Callable[..., Scenario]) -> Iterator[Fleet]:
 def redis_fleet(fleet_scenario: Callable[..., Scenario], redis_server: embedded.RedisServer) -> Iterator[Fleet]:
     """Two prefork workers of two processes each, on Redis."""
     redis = redis_server.database_url(FLEET_DATABASE)
+    with Fleet(fleet_scenario(redis, redis, **LONG_LEASE)) as fleet:
+        yield fleet
+
+
+@pytest.fixture(scope="module")
+def brief_postgres_fleet(fleet_scenario: Callable[..., Scenario]) -> Iterator[Fleet]:
+    """The like of `postgres_fleet` for tests in which a lease has to end."""
+    with Fleet(fleet_scenario()) as fleet:
+        yield fleet
+
+
+@pytest.fixture(scope="module")
+def brief_redis_fleet(fleet_scenario: Callable[..., Scenario], redis_server: embedded.RedisServer) -> Iterator[Fleet]:
+    """The like of `redis_fleet` for tests in which a lease has to end."""
+    redis = redis_server.database_url(BRIEF_DATABASE)
     with Fleet(fleet_scenario(redis, redis)) as fleet:
         yield fleet
 
@@ -57,7 +74,7 @@ def rabbitmq_fleet(
 ) -> Iterator[Fleet]:
     """Two prefork workers of two processes each, on RabbitMQ."""
     redis = redis_server.database_url(FLEET_DATABASE)
-    with rabbitmq_server.vhost() as url, Fleet(fleet_scenario(url, redis)) as fleet:
+    with rabbitmq_server.vhost() as url, Fleet(fleet_scenario(url, redis, **LONG_LEASE)) as fleet:
         yield fleet
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +13,7 @@ from celery import chain
 
 from pgqrs_celery import Status, embedded
 from tests.support.fleet import PATIENCE, Fleet
-from tests.support.scenario import Application, Scenario
+from tests.support.scenario import LONG_LEASE, Application, Scenario
 from tests.support.vocabulary import named
 from tests.support.waiting import wait_for
 
@@ -54,28 +55,33 @@ def test_one_look_at_an_empty_queue_is_enough_for_everything_it_has_lost(each_sc
 
 
 def test_a_broker_emptied_again_and_again_under_constant_production_loses_nothing(each_scenario: Scenario) -> None:
-    with Fleet(each_scenario.with_conf(pgqrs_resend_interval_max=2.0), size=1) as fleet:
+    with Fleet(each_scenario.with_conf(**LONG_LEASE, pgqrs_resend_interval_max=2.0), size=1) as fleet:
         step, produced = fleet.tasks.step, threading.Event()
         chains = [[named(step.s([], "a")), named(step.s("b")), named(step.s("c"))] for _ in range(60)]
 
         def produce() -> None:
-            for links in chains:
+            for links in chains[2:]:
                 chain(*links).delay()
             produced.set()
 
         producer = threading.Thread(target=produce)
-        producer.start()
-        lost = 0
+        with ExitStack() as busy:  # both processes, until something is lost that waits for them
+            traps = [busy.enter_context(fleet.scenario.points.arm("in_body", first.id)) for first, *_ in chains[:2]]
+            for links in chains[:2]:
+                chain(*links).delay()
+            for trap in traps:
+                trap.wait()
+            producer.start()
+            wait_for(fleet.lose_messages, PATIENCE, "a message to be lost")
         while not produced.wait(0.05):
-            lost += fleet.lose_messages()
+            fleet.lose_messages()
         producer.join()
-        assert lost > 0
         assert {fleet.ended(links[0].id).status for links in chains} == {Status.SUCCESS}
         fleet.expect({link.id: 1 for links in chains for link in links})
 
 
 def test_a_lost_message_is_told_from_one_that_waits_in_a_long_queue(each_scenario: Scenario) -> None:
-    with Fleet(each_scenario, size=0, options={"concurrency": 1}) as fleet:
+    with Fleet(each_scenario.with_conf(**LONG_LEASE), size=0, options={"concurrency": 1}) as fleet:
         step, points, log = fleet.tasks.step, fleet.scenario.points, fleet.scenario.log
         lost, first, *waiting = [named(step.s([], "a")) for _ in range(6)]
         lost.delay()
@@ -130,7 +136,7 @@ def mortal_broker(request: pytest.FixtureRequest, scenario: Scenario) -> MortalB
 
 @pytest.mark.parametrize("point", ["in_body", "recorded_before_publish"])
 def test_a_broker_that_dies_in_the_middle_of_a_chain_does_not_stop_it(mortal_broker: MortalBroker, point: str) -> None:
-    with Fleet(mortal_broker.scenario, size=1) as fleet:
+    with Fleet(mortal_broker.scenario.with_conf(**LONG_LEASE), size=1) as fleet:
         step = fleet.tasks.step
         links = [named(step.s([], "a")), named(step.s("b")), named(step.s("c"))]
         with fleet.scenario.points.arm(point, links[1].id) as trap:

@@ -50,33 +50,38 @@ def test_what_a_dying_sender_has_sent_is_there_as_a_whole_or_not_at_all(fleet: F
         wait_for(lambda: stops.count("row", links[0].id), PATIENCE, "the sender's transaction to be committed")
         assert fleet.ended(fleet.root_of(links[0].id)).status is Status.SUCCESS
     assert [stops.count("row", link.id) for link in links] == [int(fate == "commits")] * 3
-    assert [stops.count("message", link.id) for link in links] == [int(fate == "commits")] * 3
+    assert [stops.sent_with_its_row(link.id) for link in links] == [int(fate == "commits")] * 3
+    if fate == "rolls_back":
+        assert [stops.count("message", link.id) for link in links] == [0] * 3
     fleet.expect({link.id: int(fate == "commits") for link in links})
 
 
 @pytest.mark.parametrize("fleet", ["redis"], indirect=True)
 def test_a_relay_s_death_in_the_middle_of_sending_loses_nothing(fleet: Fleet) -> None:
     step, points = named(fleet.tasks.step.s([], "a")), fleet.scenario.points
-    with points.arm("recorded_before_publish", step.id) as trap, Sender(fleet.scenario, step) as sender:
+    with (
+        points.arm("recorded_before_publish", step.id) as trap,
+        points.arm("claimed_before_publish", step.id) as claimed,
+        Sender(fleet.scenario, step) as sender,
+    ):
         trap.wait()
-        with points.arm("recorded_before_publish", step.id) as relayed:
-            sender.kill()
-            fleet.kill("worker", relayed.wait())
+        sender.kill()
+        fleet.kill("worker", claimed.wait())
         assert fleet.ended(fleet.root_of(step.id)).status is Status.SUCCESS
     fleet.expect({step.id: 1})
 
 
-@pytest.mark.parametrize("point", ["recorded_before_publish", "published", *FATES])
+@pytest.mark.parametrize("point", ["claimed_before_publish", "relayed", *FATES])
 def test_a_relay_s_death_in_the_middle_of_sending_on_postgres_loses_nothing(fleet: Fleet, point: Any) -> None:
     step, scenario = named(fleet.tasks.step.s([], "a")), fleet.scenario
     result = step.apply_async(countdown=3600)
     with ExitStack() as held:
         trap = held.enter_context(
-            scenario.points.arm(point if point == "published" else "recorded_before_publish", step.id)
+            scenario.points.arm(point if point == "relayed" else "claimed_before_publish", step.id)
         )
         waiting = held.enter_context(scenario.stops.at("message", step.id)) if point in FATES else None
         # What is published may be taken at once, by the relay's own worker, too: its death must not meet a body.
-        started = scenario.points.arm("delivered_before_acquire", step.id) if point == "published" else None
+        started = scenario.points.arm("delivered_before_acquire", step.id) if point == "relayed" else None
         if started is not None:
             held.enter_context(started)
         scenario.execute("UPDATE {}.pgqrs_workflow_steps SET due_at = now() WHERE task_id = %s", step.id)
@@ -135,17 +140,17 @@ def test_no_member_of_a_group_begins_before_all_are_sent(fleet: Fleet) -> None:
 @pytest.mark.parametrize("fleet", ["redis"], indirect=True)
 def test_a_link_that_is_replayed_calls_its_callback_once(fleet: Fleet, victim: Victim) -> None:
     tasks = fleet.tasks
-    first, second = named(tasks.step.s([], "a")), named(tasks.step.s("b"))
-    first.link(tasks.note.s())
+    first, second, callback = named(tasks.step.s([], "a")), named(tasks.step.s("b")), named(tasks.note.s())
+    first.link(callback)
     with fleet.scenario.points.arm("after_next_link_before_result", first.id) as trap:
-        result = chain(first, second).delay()
-        fleet.kill(victim, trap.wait())
+        with fleet.holding(second, callback):
+            result = chain(first, second).delay()
+            fleet.kill(victim, trap.wait())
         assert result.get(timeout=PATIENCE) == ["a", "b"]
     run = fleet.ended(first.id)
     assert run.status is Status.SUCCESS
-    (callback,) = [step.task_id for step in run.steps() if step.task_name == "note"]
-    assert callback is not None
-    fleet.expect({first.id: 1, second.id: 1, callback: 1})
+    assert [step.task_id for step in run.steps() if step.task_name == "note"] == [callback.id]
+    fleet.expect({first.id: 1, second.id: 1, callback.id: 1})
 
 
 @pytest.mark.parametrize("victim", VICTIMS)
@@ -164,7 +169,8 @@ def test_a_link_and_its_callback_are_sent_together_and_once(fleet: Fleet, fate: 
     assert result.get(timeout=PATIENCE) == ["a", "b"]
     assert fleet.ended(first.id).status is Status.SUCCESS
     fleet.expect({first.id: 1 + (fate == "rolls_back"), second.id: 1, callback.id: 1})
-    assert [stops.count("message", each.id) for each in (second, callback)] == [1, 1]
+    assert [stops.count("row", each.id) for each in (second, callback)] == [1, 1]
+    assert [stops.sent_with_its_row(each.id) for each in (second, callback)] == [1, 1]
 
 
 @pytest.mark.parametrize("shipping", ["ship", "ship_untyped"])
@@ -193,8 +199,9 @@ def test_a_replacement_cut_short_happens_once(fleet: Fleet, point: str, victim: 
     links = [named(step.s([], "a")), named(replacer.s(json.loads(json.dumps(inner)))), named(step.s("c"))]
     stopped = links[1] if point == "in_body" else inner[0]
     with fleet.scenario.points.arm(point, stopped.id) as trap:
-        result = chain(*links).delay()
-        fleet.kill(victim, trap.wait())
+        with fleet.holding(inner[0]):
+            result = chain(*links).delay()
+            fleet.kill(victim, trap.wait())
         assert result.get(timeout=PATIENCE) == ["x", "y", "z", "c"]
     run = fleet.ended(links[0].id)
     assert run.status is Status.SUCCESS
@@ -235,10 +242,12 @@ def test_a_replacement_happens_as_a_whole_or_not_at_all(fleet: Fleet, fate: Fate
 @pytest.mark.parametrize("fleet", ["postgres", "redis"], indirect=True)
 def test_a_retry_cut_short_happens_once(fleet: Fleet, point: str, victim: Victim) -> None:
     tasks = fleet.tasks
-    first, second = named(tasks.fickle.s([], "a", first="retry")), named(tasks.step.s("b"))
+    # The retry itself must not be under way when its sender's worker is killed.
+    first, second = named(tasks.fickle.s([], "a", first="retry", countdown=3600)), named(tasks.step.s("b"))
     with fleet.scenario.points.arm(point, first.id) as trap:
         result = chain(first, second).delay()
         fleet.kill(victim, trap.wait())
+        fleet.scenario.execute("UPDATE {}.pgqrs_workflow_steps SET due_at = now() WHERE task_id = %s", first.id)
         assert result.get(timeout=PATIENCE) == ["a", "b"]
     run = fleet.ended(first.id)
     assert run.status is Status.SUCCESS

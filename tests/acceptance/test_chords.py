@@ -113,7 +113,7 @@ def test_whatever_a_chord_commits_happens_as_a_whole_or_not_at_all(
     twice = stopped if what in ("part", "result") and fate == "rolls_back" else None
     case.ends_well(result, twice)
     assert stops.count("row", case.body.id) == 1
-    assert stops.count("message", case.body.id) == 1 or twice is case.body
+    assert stops.sent_with_its_row(case.body.id) == 1
 
 
 def executing(fleet: Fleet, task_id: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import pytest
@@ -21,16 +22,21 @@ VICTIMS = ["child", "worker"]
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Where somebody dies; which effect has happened, but is not recorded then; who must not be done before."""
+    """Where somebody dies; which effect has happened, but is not recorded then; which points nobody passes before.
+
+    Those are points before effects that could be under way in the worker that is killed.
+    """
 
     point: str
     victim: Victim
     twice: str | None = None
-    hold: str | None = None
+    hold: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.victim}-{self.point}"
 
+
+PARCELS = ("before_parcel_1", "before_parcel_2")
 
 ALSO_ON_REDIS = {"worker-parked_at_nap", "child-parked_at_event", "worker-parked_at_gather", "child-after_start"}
 
@@ -39,7 +45,7 @@ TABLE = [
     Row("in_pack", "worker", twice="pack"),
     Row("after_pack", "worker"),
     Row("before_nap", "child"),
-    Row("parked_at_nap", "worker"),
+    Row("parked_at_nap", "worker", hold=PARCELS),
     Row("parked_at_nap", "child"),
     Row("after_nap", "worker"),
     Row("before_event", "worker"),
@@ -47,13 +53,13 @@ TABLE = [
     Row("parked_at_event", "child"),
     Row("after_event", "child"),
     Row("before_gather", "worker"),
-    Row("parked_at_gather", "child", hold="before_parcel_1"),
-    Row("parked_at_gather", "worker", hold="before_parcel_1"),
-    Row("in_parcel_2", "worker", twice="parcel_2"),
+    Row("parked_at_gather", "child", hold=PARCELS),
+    Row("parked_at_gather", "worker", hold=PARCELS),
+    Row("in_parcel_2", "worker", twice="parcel_2", hold=("before_parcel_1",)),
     Row("after_gather", "worker"),
-    Row("before_child", "worker"),
+    Row("before_child", "worker", hold=("before_fly",)),
     Row("after_start", "child"),
-    Row("parked_at_child", "worker", hold="before_fly"),
+    Row("parked_at_child", "worker", hold=("before_fly",)),
     Row("in_fly", "child", twice="fly"),
     Row("after_child", "worker"),
     Row("before_end", "worker"),
@@ -85,7 +91,9 @@ def check(fleet: Fleet, run: WorkflowRun, key: str, twice: str | None = None) ->
 def test_a_function_goes_on_where_it_was_and_does_nothing_twice(fleet: Fleet, row: Row) -> None:
     functions, key = fleet.application.functions, uuid.uuid4().hex
     points = fleet.scenario.points
-    with points.arm(row.point, key) as trap, points.arm(row.hold or "nowhere", key):
+    with ExitStack() as held, points.arm(row.point, key) as trap:
+        for point in row.hold:
+            held.enter_context(points.arm(point, key))
         run = functions.journey.delay(key)
         if row.point not in ("before_event", "parked_at_event"):
             fleet.application.pgqrs.emit(run, "go", {"who": "me"})
@@ -109,10 +117,15 @@ def test_a_parallel_call_that_is_cut_short_wakes_its_function_all_the_same(
     fleet: Fleet, point: str, victim: Victim
 ) -> None:
     functions, key, task_id = fleet.application.functions, uuid.uuid4().hex, str(uuid.uuid4())
-    with fleet.scenario.points.arm(point, ids.call_id(task_id, "parcel#2")) as trap:
-        run = functions.journey.apply_async((key,), task_id=task_id)
-        fleet.application.pgqrs.emit(run, "go", {"who": "me"})
-        fleet.kill(victim, trap.wait())
+    points = fleet.scenario.points
+    with points.arm(point, ids.call_id(task_id, "parcel#2")) as trap:
+        # No parcel must be under way in the worker that is killed; and while the first waits, so does the function.
+        with ExitStack() as held:
+            for name in PARCELS if point == "recorded_before_publish" else PARCELS[:1]:
+                held.enter_context(points.arm(name, key))
+            run = functions.journey.apply_async((key,), task_id=task_id)
+            fleet.application.pgqrs.emit(run, "go", {"who": "me"})
+            fleet.kill(victim, trap.wait())
         check(fleet, run, key)
 
 
@@ -138,7 +151,8 @@ def test_a_parallel_call_that_is_cut_short_after_its_success_wakes_its_function_
         parked = "SELECT FROM {}.pgqrs_workflow_steps WHERE task_id = %s AND status = 'PAUSED' AND awaits IS NOT NULL"
         wait_for(lambda: fleet.scenario.execute(parked, task_id), PATIENCE, "the function to wait")
         stop = stops.locking(WAITER, task_id) if stopped == "waking" else stops.at("result", parcels[1])
-        with stop as waiting:
+        # Where it is told before that, the function goes on: its child must not be in the worker that is killed.
+        with stop as waiting, fleet.scenario.points.arm("before_fly", key):
             trap.release()
             (server_pid,) = wait_for(waiting, PATIENCE, "a transaction to be stopped")
             committed = "SELECT FROM {}.pgqrs_workflow_steps WHERE task_id = %s AND status = 'SUCCESS' AND open"
@@ -170,6 +184,7 @@ def test_what_a_failed_function_had_done_is_undone_whoever_dies(fleet: Fleet, ro
     assert list(dict.fromkeys(order)) == names
 
 
+@pytest.mark.parametrize("fleet", ["brief_postgres"], indirect=True)
 def test_a_frozen_worker_that_comes_back_changes_nothing(fleet: Fleet) -> None:
     functions, key = fleet.application.functions, uuid.uuid4().hex
     with fleet.scenario.points.arm("in_pack", key) as trap:

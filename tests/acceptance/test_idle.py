@@ -22,6 +22,7 @@ from celery import Celery
 from pgqrs_celery import embedded
 from pgqrs_celery.db import Database
 from pgqrs_celery.store import migrations
+from pgqrs_celery.store.messages import LONGEST_LOOK
 from tests.support.processes import ROOT, start_process
 from tests.support.waiting import wait_for
 
@@ -32,6 +33,8 @@ ROUNDS: Final = 3
 RESTING: Final = 5.0
 #: The settings' lease, after which nobody has to be given time to come back; then some looks.
 PATIENCE: Final = 100.0
+
+pytestmark = pytest.mark.timeout(300)  # a test waits for several things, one after the other
 
 
 class Server:
@@ -61,10 +64,11 @@ class Server:
             if re.match(r"[\d.]+ \d+ LOG:  (?:statement|execute \S+): ", line)
         ]
 
-    def rest(self, consumer: str) -> bool:
-        """Whether a consumer's keeper rests, and has looked just now: its next look by itself is far away."""
+    def rests_until(self, consumer: str) -> float | None:
+        """Until when a consumer's keeper certainly does not look by itself, if it rests and has looked just now."""
         looks = self.looks_of(consumer)
-        return len(looks) > 1 and looks[-1] - looks[-2] > RESTING and time.time() - looks[-1] < 1.0
+        rests = len(looks) > 1 and looks[-1] - looks[-2] > RESTING and time.time() - looks[-1] < 1.0
+        return looks[-1] + LONGEST_LOOK - 1.0 if rests else None
 
     def rests_at_all(self, consumer: str) -> bool:
         """Whether a consumer's keeper has rested."""
@@ -158,7 +162,7 @@ def test_a_worker_at_rest_hears_of_a_listener_and_of_an_eta_at_once(
     server: Server, start: Callable[[str], int], client: Celery
 ) -> None:
     consumer = server.consumer(start("w"))
-    wait_for(lambda: server.rest(consumer), PATIENCE, "a keeper that rests")
+    until = wait_for(lambda: server.rests_until(consumer), PATIENCE, "a keeper that rests")
     events: list[str] = []
 
     def on_event(event: dict[str, Any]) -> None:
@@ -167,11 +171,12 @@ def test_a_worker_at_rest_hears_of_a_listener_and_of_an_eta_at_once(
 
     with client.connection_for_read() as connection:
         receiver = client.events.Receiver(connection, handlers={"*": on_event})
-        receiver.capture(limit=None, timeout=RESTING, wakeup=False)  # TimeoutError where nothing comes
+        receiver.capture(limit=None, timeout=until - time.time(), wakeup=False)  # TimeoutError where nothing comes
     assert events == ["worker-heartbeat"]
-    wait_for(lambda: server.rest(consumer), PATIENCE, "a keeper that rests again")
+    assert time.time() < until  # the receiver counts whole seconds
+    until = wait_for(lambda: server.rests_until(consumer), PATIENCE, "a keeper that rests again")
     result: Any = client.send_task("tests.support.idle_app.plain", ["x"], countdown=2.0)
-    assert result.get(timeout=RESTING) == "x"
+    assert result.get(timeout=until - time.time()) == "x"
 
 
 def test_a_worker_at_rest_takes_over_at_once_from_one_that_is_killed(
@@ -188,6 +193,6 @@ def test_a_worker_at_rest_takes_over_at_once_from_one_that_is_killed(
     client.send_task("tests.support.idle_app.hold", [str(journal)])
     ((victim,),) = [wait_for(begun, 20, "the task to begin")]
     survivor = consumers[1 - pids.index(victim)]
-    wait_for(lambda: server.rest(survivor), PATIENCE, "the other worker to rest")
+    until = wait_for(lambda: server.rests_until(survivor), PATIENCE, "the other worker to rest")
     os.killpg(victim, signal.SIGKILL)
-    wait_for(lambda: len(begun()) == 2, RESTING, "the task to begin again")
+    wait_for(lambda: len(begun()) == 2, until - time.time(), "the task to begin again")

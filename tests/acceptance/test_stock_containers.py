@@ -45,10 +45,16 @@ def test_a_chain_survives_its_worker_and_the_loss_of_its_queue(
         with fleet.scenario.points.arm("in_body", links[1].id) as trap:
             result = chain(*links).delay()
             victim = trap.wait()
+            # Nobody must have one of the others in its body when it is killed.
+            for worker in fleet.workers:
+                worker.freeze()
             for each in waiting:
                 each.delay()
-            fleet.lose_messages()
+            assert fleet.lose_messages() > 0
+            survivors = [worker for worker in fleet.workers if not worker.has(victim)]
             fleet.kill("worker", victim)
+            for worker in survivors:
+                worker.thaw()
             assert result.get(timeout=PATIENCE) == ["a", "b", "c"]
         assert {fleet.ended(each.id).status for each in (links[0], *waiting)} == {Status.SUCCESS}
         fleet.expect({links[0].id: 1, links[1].id: 2, links[2].id: 1, **{each.id: 1 for each in waiting}})

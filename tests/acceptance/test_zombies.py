@@ -12,19 +12,19 @@ from tests.support.waiting import wait_for
 
 #: The points of the hand-off at which a worker is frozen: (broker, point, link).
 HANDING_OFF = [
-    ("postgres", "recorded_before_publish", 3),  # on one Postgres that is in the middle of its transaction
-    ("postgres", "after_body_before_commit", 2),
-    ("postgres", "after_hand_off_before_ack", 2),
-    ("redis", "recorded_before_publish", 3),
-    ("redis", "after_next_link_before_result", 2),
-    ("redis", "after_result_before_hand_off", 2),
+    ("brief_postgres", "recorded_before_publish", 3),  # on one Postgres that is in the middle of its transaction
+    ("brief_postgres", "after_body_before_commit", 2),
+    ("brief_postgres", "after_hand_off_before_ack", 2),
+    ("brief_redis", "recorded_before_publish", 3),
+    ("brief_redis", "after_next_link_before_result", 2),
+    ("brief_redis", "after_result_before_hand_off", 2),
 ]
 ENDS = {
     "succeed": "belongs to another worker by now",
     "fail": "the failure ValueError('the first execution fails') is not stored",
     "retry": "] ignored",
 }
-ROWS = [*(("postgres", end) for end in ENDS), ("redis", "succeed")]
+ROWS = [*(("brief_postgres", end) for end in ENDS), ("brief_redis", "succeed")]
 
 
 @pytest.mark.parametrize(("fleet", "end"), ROWS, indirect=["fleet"])
@@ -57,7 +57,7 @@ def test_a_zombie_s_hand_off_starts_nothing_a_second_time(fleet: Fleet, point: s
     links[1].link(callback)
     points = fleet.scenario.points
     with points.arm(point, links[link - 1].id) as trap:
-        with points.arm("delivered_before_acquire", links[2].id):  # the zombie must not have the third in its body
+        with fleet.holding(links[2], callback):  # the zombie must not have what follows in its body
             result = chain(*links).delay()
             zombie = fleet.owner(trap.wait())
             zombie.freeze()

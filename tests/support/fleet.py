@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import signal
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Final, Literal, Self
@@ -38,7 +39,8 @@ class Fleet:
     application: Application = field(init=False)
     workers: list[WorkerProcess] = field(default_factory=list)
     _numbers: Any = field(default_factory=lambda: itertools.count(1))
-    _expected: dict[str, tuple[str, int]] = field(default_factory=dict)
+    #: How often a task is to have had its effect of a kind.
+    _expected: dict[tuple[str, str], int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.application = Application(self.scenario)
@@ -94,6 +96,14 @@ class Fleet:
             worker.kill()
         self._replace()
 
+    @contextmanager
+    def holding(self, *links: Any) -> Iterator[None]:
+        """Let nobody begin these until the block ends: whoever is killed in it has none of them in its body."""
+        with ExitStack() as held:
+            for link in links:
+                held.enter_context(self.scenario.points.arm("delivered_before_acquire", link.id))
+            yield
+
     def run_of(self, result: AsyncResult[Any] | str) -> WorkflowRun:
         """Return the run of a result."""
         run = self.application.pgqrs.run_of(result)
@@ -121,7 +131,7 @@ class Fleet:
         found = {task_id: log.count(task_id, kind) for task_id in counts}
         effects = [effect for effect in log.read() if found.get(effect.task_id, 0) != counts.get(effect.task_id, 0)]
         assert found == dict(counts), f"found {found}, expected {dict(counts)}; what was noted: {effects}"
-        self._expected |= {task_id: (kind, count) for task_id, count in counts.items()}
+        self._expected |= {(task_id, kind): count for task_id, count in counts.items()}
 
     def audit(self) -> None:
         """Let everything that is still on its way arrive, stop warmly, and count once more."""
@@ -132,11 +142,11 @@ class Fleet:
         assert [worker.wait_exit() for worker in self.workers] == [0] * len(self.workers)
         log = self.scenario.log
         later = {
-            task_id: (kind, count, log.count(task_id, kind))
-            for task_id, (kind, count) in self._expected.items()
+            (task_id, kind): (count, log.count(task_id, kind))
+            for (task_id, kind), count in self._expected.items()
             if log.count(task_id, kind) != count
         }
-        assert not later, f"(kind, counted in its test, counted at the end) by task id: {later}"
+        assert not later, f"(counted in its test, counted at the end) by task id and kind: {later}"
 
     def logged(self, text: str) -> bool:
         """Return whether one of the present workers has logged this."""

@@ -48,8 +48,10 @@ class Trap:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._before = self._reached()
-        self._file = path.open("w")
+        unarmed = path.with_name(f"{path.name}.unarmed")
+        self._file = unarmed.open("w")
         fcntl.flock(self._file, fcntl.LOCK_EX)
+        unarmed.rename(path)  # it must not be found before it is locked
 
     def __enter__(self) -> Self:
         return self

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, Final, Literal
 
 import psycopg
@@ -38,7 +39,10 @@ class Stops:
 
     def install(self) -> None:
         """Let transactions be stopped at their commit, and have Postgres itself note what is committed from now on."""
-        self._run("CREATE TABLE {0}.committed (what text, task_id text, at timestamptz DEFAULT clock_timestamp())")
+        self._run(
+            "CREATE TABLE {0}.committed (what text, task_id text, xid xid8 DEFAULT pg_current_xact_id(), "
+            "begun timestamptz DEFAULT now(), at timestamptz DEFAULT clock_timestamp())"
+        )
         for what, (table, events, task_id) in WATCHED.items():
             self._run(
                 f"CREATE FUNCTION {{0}}.note_{what}() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
@@ -54,6 +58,27 @@ class Stops:
         """Return how many messages, rows, parts or versions of the result of a task have been committed."""
         ((count,),) = self._run("SELECT count(*) FROM {0}.committed WHERE what = %s AND task_id = %s", what, task_id)
         return int(count)
+
+    def sent_with_its_row(self, task_id: str) -> int:
+        """Return how many messages of a task were committed in the very transaction that entered its row.
+
+        A copy that a relay sends later, because nobody has begun the task yet, is not among them.
+        """
+        ((count,),) = self._run(
+            "SELECT count(*) FROM {0}.committed AS r JOIN {0}.committed AS m USING (task_id, xid) "
+            "WHERE r.what = 'row' AND m.what = 'message' AND task_id = %s",
+            task_id,
+        )
+        return int(count)
+
+    def copies_after(self, task_id: str) -> list[timedelta]:
+        """Return how long after a task's first message, as its transaction began, every further one was committed."""
+        found = self._run(
+            "SELECT at - min(begun) OVER () FROM {0}.committed WHERE what = 'message' AND task_id = %s "
+            "ORDER BY at OFFSET 1",
+            task_id,
+        )
+        return [after for (after,) in found]
 
     def at(self, what: str, task_id: str) -> AbstractContextManager[Callable[[], list[int]]]:
         """Stop every transaction at its commit that has written a message, row, part or result of a task.

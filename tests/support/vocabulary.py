@@ -62,7 +62,7 @@ class Vocabulary:
         def slowly(self: Any) -> None:
             begin(self)
 
-        @define(name="limited", time_limit=1.0)
+        @define(name="limited", time_limit=5.0)
         def limited(self: Any, *args: Any) -> None:
             begin(self)
 

@@ -21,7 +21,7 @@ from pgqrs_celery import Pgqrs, embedded
 from tests.acceptance.celery_setup import app as app_module
 from tests.acceptance.celery_setup import durable_tasks
 from tests.support.nodes import RedisNode, WorkerNode
-from tests.support.scenario import QUICK
+from tests.support.scenario import LONG_LEASE, QUICK
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def celery_backend_cluster(redis_server: embedded.RedisServer) -> CeleryBackendC
 def celery_setup_app(celery_setup_app: Celery, database_dsn: str, schema: str) -> Celery:
     """The client's app, with a ledger; pytest-celery copies what is changed here into the workers' configuration."""
     queue = WorkerNode.worker_queue()
-    celery_setup_app.conf.update({**QUICK, "task_default_queue": queue})
+    celery_setup_app.conf.update({**QUICK, **LONG_LEASE, "task_default_queue": queue})
     celery_setup_app.conf.update(pgqrs_dsn=database_dsn, pgqrs_schema=schema)
     Pgqrs(celery_setup_app).install()
     return celery_setup_app
