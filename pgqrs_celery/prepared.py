@@ -18,7 +18,7 @@ from typing import Any, Final
 
 import psycopg
 from psycopg.errors import error_from_result
-from psycopg.pq import ConnStatus, ExecStatus, Format, TransactionStatus
+from psycopg.pq import ConnStatus, DiagnosticField, ExecStatus, Format, TransactionStatus
 from psycopg.pq.abc import PGconn, PGresult
 
 __all__ = ["applies", "array", "bytea", "execute"]
@@ -160,6 +160,7 @@ def _answer(pgconn: PGconn, poller: select.poll) -> PGresult | None:
 def _checked(pgconn: PGconn, result: PGresult | None) -> PGresult:
     if result is not None and result.status in (ExecStatus.TUPLES_OK, ExecStatus.COMMAND_OK):
         return result
-    if result is None or pgconn.status == ConnStatus.BAD:
+    # A result of libpq's own making has no SQLSTATE: the server's farewell was not read before we wrote.
+    if result is None or pgconn.status == ConnStatus.BAD or not result.error_field(DiagnosticField.SQLSTATE):
         raise psycopg.OperationalError(f"lost the connection: {pgconn.error_message.decode(errors='replace').strip()}")
     raise error_from_result(result)

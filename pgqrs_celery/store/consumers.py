@@ -78,9 +78,12 @@ def register(
     hostname: str,
     pid: int,
     locked: bool,
+    lease: float,
     formers: Sequence[UUID] = (),
 ) -> None:
     """Enter a consumer or change its queues; ``formers`` are whom it has been, or tried to be, before.
+
+    What is handed to it while it sleeps is leased for ``lease`` seconds.
 
     The other consumers of these queues are told to look: they have somebody to share with, and to watch.
     """
@@ -92,6 +95,7 @@ def register(
             "hostname": hostname,
             "pid": pid,
             "queues": list(queues),
+            "lease": lease,
             "formers": list(formers),
         },
     )

@@ -147,14 +147,14 @@ def _params(new: NewMessage) -> dict[str, Any]:
     }
 
 
-def post(session: Session, new: NewMessage, *, wake: bool, lease: float) -> None:
+def post(session: Session, new: NewMessage, *, wake: bool) -> None:
     """Insert one message for the queue its routing key names, commit it, and ``wake`` one who sleeps.
 
     The message is leased to that consumer and comes with its notification where it fits (``handed``). All in one round
     trip; not inside a transaction: it ends one.
     """
     assert not new.exchange
-    given = {"wake": wake, "look_interval": LONGEST_LOOK, "lease": lease}
+    given = {"wake": wake, "look_interval": LONGEST_LOOK}
     session.quick_row("messages.post", _params(new) | given)
 
 

@@ -114,7 +114,7 @@ class Broker:
             return
         (one,) = new
         near = self._near(one.routing_key) if one.visible_at is None else None
-        self.call(lambda session: messages.post(session, one, wake=near is None, lease=self.settings.lease))
+        self.call(lambda session: messages.post(session, one, wake=near is None))
         if near is not None:
             near.ring(news=True)
 

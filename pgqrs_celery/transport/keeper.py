@@ -130,6 +130,7 @@ class Keeper:
             hostname=socket.gethostname(),
             pid=os.getpid(),
             locked=self._locked,
+            lease=self._broker.settings.lease,
             formers=formers,
         )
 

@@ -328,7 +328,7 @@ def test_an_auto_deleted_queue_ends_with_its_last_consumer(session: Session) -> 
 
 
 def register(session: Session, consumer: UUID, *queues: str, locked: bool = False) -> None:
-    consumers.register(session, consumer, queues=queues or ("q",), hostname="h", pid=1, locked=locked)
+    consumers.register(session, consumer, queues=queues or ("q",), hostname="h", pid=1, locked=locked, lease=LEASE)
 
 
 def fall_asleep(session: Session, consumer: UUID) -> None:
@@ -381,7 +381,7 @@ def heard(connection: Connection) -> list[str]:
 
 
 def post(session: Session, new: NewMessage) -> None:
-    messages.post(session, new, wake=True, lease=LEASE)
+    messages.post(session, new, wake=True)
 
 
 def sleep(session: Session, consumer: UUID = ME, *queues: str) -> None:
@@ -510,7 +510,7 @@ def test_a_consumer_is_watched_while_its_company_are_workers_of_watched_apps(ses
     assert not watch(session).watched
     assert not watch(session, watched_apps=["shop"], judge=False).watched
     worker, host = uuid4(), "h"
-    consumers.register(session, OTHER, queues=["q"], hostname=host, pid=7, locked=False)
+    consumers.register(session, OTHER, queues=["q"], hostname=host, pid=7, locked=False, lease=LEASE)
     assert not watch(session, watched_apps=["shop"]).watched
     workers.register(session, uuid4(), app="shop", hostname=f"w@{host}", pid=8)
     workers.register(session, uuid4(), app="shop", hostname="w@elsewhere", pid=7)
@@ -544,7 +544,7 @@ def test_a_neighbour_is_dead_when_its_lock_was_free_on_two_looks(database: Datab
 
 
 def test_who_a_consumer_was_before_is_dead_even_if_the_server_has_forgotten_it(session: Session) -> None:
-    consumers.register(session, ME, queues=["q"], hostname="h", pid=1, locked=False, formers=[OTHER])
+    consumers.register(session, ME, queues=["q"], hostname="h", pid=1, locked=False, lease=LEASE, formers=[OTHER])
     assert watch(session).dead == [OTHER]
 
 

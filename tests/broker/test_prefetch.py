@@ -125,7 +125,7 @@ def hand(database: Database, body: bytes) -> None:
     """Publish as another process does: to one who sleeps, with the notification that wakes it."""
     with database.session() as session:
         new = NewMessage(messages.new_id(), "", "prefetch", "{}", PROPERTIES, body)
-        messages.post(session, new, wake=True, lease=30.0)
+        messages.post(session, new, wake=True)
 
 
 def asleep(database: Database, connection: kombu.Connection) -> bool:

@@ -292,3 +292,16 @@ def test_dead_processes_are_not_left_behind(bench: Bench) -> None:
     assert worker.end() == 0
     with pytest.raises(ProcessLookupError):
         os.killpg(pid, 0)
+
+
+def test_a_message_that_is_handed_over_stays_with_a_worker_whose_leases_are_longer(
+    bench: Bench, leasing: Leasing, database: Database
+) -> None:
+    for _ in range(2):
+        bench.worker("-c", "1", options={"lease": 60})
+    # It is handed over only to one who sleeps.
+    wait_for(lambda: consumers(database, "asleep") == 2, what="the workers to have nothing to do")
+    send(leasing(10), "hold", "x", str(bench.gate))
+    (entry,) = bench.wait_for_entries(1, "hold")
+    wait_for(lambda: lease_end(database, entry) > entry["at"] + 30, 30, "the lease to be the worker's")
+    assert count(database, "deliveries = 1") == 1

@@ -9,6 +9,7 @@ from uuid import UUID
 import psycopg
 import pytest
 
+from pgqrs_celery import embedded
 from pgqrs_celery.db import Database
 from pgqrs_celery.exceptions import StoreError, StoreUnavailable
 from pgqrs_celery.prepared import bytea, execute
@@ -172,3 +173,18 @@ def test_bytes_come_back_in_either_form_the_server_writes(
         text = result.get_value(0, 0)
         assert text is not None
         assert bytea(text) == b"\x00\\ab\xff"
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_a_session_that_ended_with_its_server_is_a_lost_connection(
+    known: bool, own_postgres: embedded.PostgresServer
+) -> None:
+    database = Database(own_postgres.dsn())
+    with database.session() as found:
+        session = Session(found.connection, {"one": "SELECT 1"})
+        if known:
+            session.quick_row("one", {})
+    own_postgres.restart(immediate=True)  # the server's farewell is read before the end of the connection is
+    with pytest.raises(StoreUnavailable), database.session() as found:
+        Session(found.connection, {"one": "SELECT 1"}).quick_row("one", {})
+    database.close()

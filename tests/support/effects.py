@@ -43,7 +43,8 @@ class EffectLog:
     def read(self, kind: str | None = None) -> list[Effect]:
         """Return the effects so far, in the order they were noted."""
         text = self.path.read_text() if self.path.exists() else ""
-        effects = [Effect(**json.loads(line)) for line in text.splitlines()]
+        # A write may be seen before all of it is there: what has no end yet counts the next time.
+        effects = [Effect(**json.loads(line)) for line in text[: text.rfind("\n") + 1].splitlines()]
         return [effect for effect in effects if kind in (None, effect.kind)]
 
     def count(self, task_id: str, kind: str = "body") -> int:

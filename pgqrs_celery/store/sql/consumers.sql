@@ -8,8 +8,8 @@ WITH former AS (
     FROM unnest(%(formers)s::uuid[]) AS g (former)
       ON CONFLICT (consumer_id) DO UPDATE SET dead_at = excluded.dead_at
 ), entered AS (
-  INSERT INTO {schema}.pgqrs_consumers AS c (consumer_id, lock_key, hostname, pid, queues)
-  VALUES (%(consumer_id)s, %(lock_key)s, %(hostname)s, %(pid)s, %(queues)s::text[])
+  INSERT INTO {schema}.pgqrs_consumers AS c (consumer_id, lock_key, hostname, pid, queues, lease)
+  VALUES (%(consumer_id)s, %(lock_key)s, %(hostname)s, %(pid)s, %(queues)s::text[], %(lease)s)
       ON CONFLICT (consumer_id) DO UPDATE SET queues = excluded.queues, seen_at = {schema}.pgqrs_now()
   RETURNING c.consumer_id, c.queues
 )

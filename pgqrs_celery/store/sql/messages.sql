@@ -1,7 +1,7 @@
 -- post: insert one message for the queue that its routing key names, commit, and hand it to one who sleeps.
 CALL {schema}.pgqrs_put(%(message_id)s::uuid, %(routing_key)s, %(priority)s::int, %(visible_at)s::timestamptz,
                         %(ttl)s::float8, %(headers)s, %(properties)s, %(body)s::bytea, %(wake)s::boolean,
-                        %(look_interval)s::float8, %(lease)s::float8, NULL);
+                        %(look_interval)s::float8, NULL);
 
 -- put: insert one message for the queue that its routing key names; reports as publish does.
 WITH place AS MATERIALIZED (
