@@ -166,13 +166,21 @@ class Recorder:
         return self._rows(accepted)
 
     def _rows(self, outgoing: Iterable[Outgoing]) -> list[NewMessage]:
-        """Return messages as rows of our own broker; raises ``StoreUnavailable``."""
+        """Return messages as rows of our own broker.
+
+        Raises ``StoreUnavailable``: a producer that is used for the first time connects, and declares its queue.
+        """
         box, broker = Box(), self.broker()
         assert broker is not None
-        with outbox.collecting(box):
-            for message in outgoing:
-                message.options["retry"] = False  # nothing is sent yet
-                self.publish(message, Poster(broker, message.producer, box.messages.append, message))
+        try:
+            with outbox.collecting(box):
+                for message in outgoing:
+                    message.options["retry"] = False  # nothing is sent yet
+                    self.publish(message, Poster(broker, message.producer, box.messages.append, message))
+        except OperationalError as error:
+            if isinstance(error.__cause__, StoreUnavailable):
+                raise error.__cause__ from None
+            raise
         return box.messages
 
     def _publish(

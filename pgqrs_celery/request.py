@@ -114,6 +114,7 @@ class DurableRequest(Request):  # type: ignore[misc]
                     worker_id=worker_id,
                     max_lost=settings.max_lost,
                     poison=self._ledger.poison,
+                    pid=self.worker_pid,
                     generation=ids.generation(headers.get("replaced_task_nesting"), headers.get("retries")),
                 )
                 runs.notify(session, self._ledger.channel)

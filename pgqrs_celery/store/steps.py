@@ -249,10 +249,12 @@ def bereave(
     poison: str,
     counted: bool = True,
     generation: int | None = None,
+    pid: int | None = None,
 ) -> bool:
     """Make due a step whose process is gone, as the worker it belonged to; at the limit the step is FAILED.
 
-    With the ``generation`` of the message the process had, also a step that it had not acquired yet.
+    With the ``generation`` of the message the process had, also a step that it had not acquired yet. With its ``pid``,
+    no step that another process of the worker has by now: a lease token ends with the id of who has it.
     """
     return bool(
         session.run(
@@ -264,6 +266,7 @@ def bereave(
                 "poison": poison,
                 "count": int(counted),
                 "generation": generation,
+                "pid": None if pid is None else f"{pid:08x}",
             },
         )
     )

@@ -141,6 +141,7 @@ UPDATE {schema}.pgqrs_workflow_steps s
        lease_token = NULL, due_at = {schema}.pgqrs_now(), updated_at = {schema}.pgqrs_now()
  WHERE s.task_id = %(task_id)s AND s.open::int = 1
    AND (s.worker_id = %(worker_id)s AND s.status IN ('RUNNING', 'SUCCESS', 'FAILED')
+        AND (%(pid)s::text IS NULL OR right(s.lease_token::text, 8) = %(pid)s::text)
         OR s.status = 'QUEUED' AND s.generation = %(generation)s AND s.sent_at IS NOT NULL)
 RETURNING s.lost;
 
