@@ -28,8 +28,9 @@ from tests.support.rabbitmq import Address, find_rabbitmq, shared_rabbitmq, wait
 #: Set in CI: a broker that is missing fails the tests that need it.
 REQUIRE_BROKERS = "PGQRS_REQUIRE_BROKERS"
 
-# Commits still reach the operating system, so nothing is lost when a test kills the server.
-POSTGRES_SETTINGS = {"max_connections": "300", "fsync": "off", "full_page_writes": "off"}
+# Commits still reach the operating system, so nothing is lost when a test kills the server. A fleet of two workers has
+# two dozen connections, and every xdist worker has several fleets.
+POSTGRES_SETTINGS = {"max_connections": "800", "fsync": "off", "full_page_writes": "off"}
 
 _DATABASES = 4096
 _PREFIX = f"pgqrs-tests-{os.getuid()}-"
