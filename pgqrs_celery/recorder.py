@@ -54,10 +54,10 @@ class Recorder:
         self.chords_of: Callable[[list[str]], list[Chord]]
         #: Returns the broker where it is ours, so that many messages can be published with one statement.
         self.broker: Callable[[], Broker | None]
-        #: Returns this thread's producer for that broker, where there is one.
-        self.own_producer: Callable[[], Any]
         #: Returns it where it also is in the ledger's database: messages are published in the transaction that records.
         self.shared_broker: Callable[[], Broker | None]
+        #: Returns this thread's producer for our own broker, None where the broker is another.
+        self.own_producer: Callable[[], Any]
         #: Whether the result backend can complete a durable chord.
         self.has_chords: Callable[[], bool]
 

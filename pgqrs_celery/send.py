@@ -209,11 +209,10 @@ class SendSeam:
                 self._leave_plain(merged.get("group"))
             if running is not None and isinstance(body, tuple):
                 self.record([Outgoing.plain(name, headers, body)], running)
-            collected = _scope.get()
-            if collected is not None and merged.get("group") and self.broker() is not None:
+            collected, broker = _scope.get(), self.broker()
+            if collected is not None and merged.get("group") and broker is not None:
                 collected.plain.append((name, message, options))
                 return None
-            broker = self.broker()
             if broker is not None and producer is getattr(self._own, "producer", None):
                 producer = Poster(broker, producer, broker.publish_one)
             return self._send_message(producer, name, message, **options)
