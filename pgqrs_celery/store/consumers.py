@@ -109,9 +109,12 @@ def remove(session: Session, consumer_id: UUID, *, leasing: bool) -> None:
     session.run("consumers.remove", {"consumer_id": consumer_id, "leasing": leasing})
 
 
-def doze(session: Session, consumer_id: UUID, queues: Sequence[str]) -> bool:
-    """Say that the consumer wants to be notified; return whether there is something to do after all."""
-    row = session.row("consumers.doze", {"consumer_id": consumer_id, "queues": list(queues)})
+def doze(session: Session, consumer_id: UUID, queues: Sequence[str], nap: int) -> bool:
+    """Say that the consumer wants to be notified; return whether there is something to do after all.
+
+    What is handed to it says in which ``nap`` it was found, by the consumer's own count.
+    """
+    row = session.row("consumers.doze", {"consumer_id": consumer_id, "queues": list(queues), "nap": nap})
     return bool(row and row[0])
 
 

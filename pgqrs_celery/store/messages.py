@@ -96,6 +96,14 @@ class Claimed:
 
 
 @dataclass(frozen=True, slots=True)
+class Handed:
+    """A message that came with a notification, leased to the consumer that was found asleep in this nap."""
+
+    nap: int
+    claimed: Claimed
+
+
+@dataclass(frozen=True, slots=True)
 class Deferred:
     """A message that waits for its ETA."""
 
@@ -158,13 +166,13 @@ def post(session: Session, new: NewMessage, *, wake: bool) -> None:
     session.quick_row("messages.post", _params(new) | given)
 
 
-def handed(payload: str) -> Claimed | None:
-    """Return the message that came with a notification, leased to whoever was notified; None where none did."""
+def handed(payload: str) -> Handed | None:
+    """Return the message that came with a notification; None where none did."""
     parts = payload.split(SEPARATOR)
     if len(parts) == 1:
         return None
-    message_id, position, queue, priority, deliveries, lost, headers, properties, body = parts
-    return Claimed(
+    nap, message_id, position, queue, priority, deliveries, lost, headers, properties, body = parts
+    claimed = Claimed(
         UUID(message_id),
         int(position),
         queue,
@@ -175,6 +183,7 @@ def handed(payload: str) -> Claimed | None:
         properties,
         b64decode(body),
     )
+    return Handed(int(nap), claimed)
 
 
 def publish(session: Session, new: Sequence[NewMessage]) -> list[Published]:

@@ -182,7 +182,7 @@ class Keeper:
     def _rest(self) -> float:
         """Return for how many seconds no look is needed, as things stand; 0 where one is."""
         receiver = self._receiver
-        asleep_since = receiver.asleep_since
+        asleep_since = receiver.sleep.since
         if asleep_since is None or asleep_since >= self._looked_at or receiver.held or receiver.wire is None:
             return 0.0
         missed = self._alarms > self._answered or self._suspects

@@ -9,6 +9,9 @@ tasks are claimed and acknowledged in batches and long ones leave no slot empty.
 The rule for sleeping: say so (``asleep``), then look once more, then wait to be notified. A publisher commits first
 and then looks for a sleeper. Whichever commits last sees the other, so no wake-up is lost; a look by the keeper, every
 second or so until the receiver sleeps, is the net below.
+
+The rule for handing out: nothing while the database may take this consumer for asleep. It would be handed messages
+while it executes a task in this very thread, and they would wait for its end.
 """
 
 from __future__ import annotations
@@ -25,10 +28,11 @@ from pgqrs_celery.exceptions import StoreError, StoreUnavailable
 from pgqrs_celery.prepared import array
 from pgqrs_celery.store.broadcasts import Taken
 from pgqrs_celery.store.consumers import wake_up
-from pgqrs_celery.store.messages import Claimed, Published, handed
+from pgqrs_celery.store.messages import Claimed, Handed, Published, handed
 from pgqrs_celery.transport import bell
 from pgqrs_celery.transport.appetite import Appetite, Held, Subscriber
 from pgqrs_celery.transport.broker import Broker
+from pgqrs_celery.transport.sleep import Sleep
 from pgqrs_celery.transport.wire import Wire, readable
 
 __all__ = ["Receiver"]
@@ -86,8 +90,7 @@ class Receiver:
         self._inbox: deque[tuple[Subscriber, Claimed]] = deque()
         self._underway: Underway | None = None
         self._linger_since: float | None = None
-        #: Since when the database knows that this consumer wants to be notified; None where it does not.
-        self.asleep_since: float | None = None
+        self.sleep = Sleep()
         self._forward = False
         self._ringing = False
         self._pause_until = 0.0
@@ -201,12 +204,11 @@ class Receiver:
         # After the answer: a publisher may have seen us fall asleep by the very statement that is answered here.
         for payload in wire.notifications():
             if payload == "ready":
-                self.asleep_since = None
                 self._expect()
             elif payload == "arrived":
                 self.arrived = True
-            elif (message := handed(payload)) is not None:
-                self._take(message)
+            elif (given := handed(payload)) is not None:
+                self._take(given)
             else:
                 self.nudge()
         self.pump()
@@ -220,7 +222,7 @@ class Receiver:
     def _exchange(self) -> None:
         old, self.wire, self.fresh = self.wire, self.fresh, None
         self._restore()
-        self.asleep_since = None
+        self.sleep.end()
         self.arrived = True
         for appetite in self._appetites:
             appetite.hear()
@@ -231,6 +233,7 @@ class Receiver:
     def _lose(self, error: StoreError) -> None:
         old, self.wire = self.wire, None
         self._restore()
+        self.sleep.end()
         if not self.closed:
             logger.warning("%s; reconnecting", error)
         self.on_wire(old, None)
@@ -252,7 +255,7 @@ class Receiver:
         elif underway.what == "broadcasts.take":
             self._taken([Taken(*row) for row in rows])
         elif underway.what == "consumers.doze":
-            self.asleep_since = time.monotonic()
+            self.sleep.began()
             for appetite in self._appetites:
                 appetite.settle(bool(rows[0][0]))
 
@@ -267,9 +270,10 @@ class Receiver:
                 continue  # in hand or just finished, and its lease had run out, or was a former self's
             self._keep(appetite.subscriber, message)
 
-    def _take(self, message: Claimed) -> None:
-        """Take a message that was leased to us by its publisher, because we slept; the database has us awake now."""
-        self.asleep_since = None
+    def _take(self, given: Handed) -> None:
+        """Take a message that was leased to us by its publisher, because we slept."""
+        message = given.claimed
+        self.sleep.found(given.nap)
         owner = next((a for a in self._appetites if message.queue in a.subscriber.queues), None)
         if owner is None or self._room(owner)[0] == 0:
             self.refuse([message])
@@ -298,6 +302,8 @@ class Receiver:
         Answers come over volatile queues, and who waits for a number of them asks as often.
         """
         delivered = False
+        if self.sleep.must_rise:
+            return delivered
         while self._inbox:
             subscriber, message = self._inbox.popleft()
             subscriber.deliver(message)
@@ -321,6 +327,12 @@ class Receiver:
             self._restore()
 
     def _send_next(self, wire: Wire, now: float) -> None:
+        if self.sleep.must_rise:
+            claimant = next((a for a in self._appetites if a.subscriber.queues), None)
+            if claimant is not None:
+                self._send_claim(wire, claimant, min(self._room(claimant)[0], CLAIM_MAX))
+                return
+            self.sleep.must_rise = False
         if self.arrived and (volatile := self.volatile):
             self.arrived = False
             self._send(wire, Underway("broadcasts.take"), {"queues": array(volatile), "count": TAKE_MAX})
@@ -335,9 +347,8 @@ class Receiver:
             if params is not None:
                 self._send(wire, Underway("consumers.wake"), params)
         elif not self._inbox and self._should_sleep():  # what has arrived is handed out first
-            self._send(
-                wire, Underway("consumers.doze"), {"consumer_id": self.consumer_id, "queues": array(self.queues)}
-            )
+            given = {"consumer_id": self.consumer_id, "queues": array(self.queues), "nap": self.sleep.begin()}
+            self._send(wire, Underway("consumers.doze"), given)
         elif self._linger_since is None and (self._done or any(self._open(a) for a in self._appetites)):
             self._linger_since = now
 
@@ -360,7 +371,7 @@ class Receiver:
 
     def _send_claim(self, wire: Wire, appetite: Appetite | None, count: int) -> None:
         done = [self._done.popleft() for _ in range(len(self._done))]
-        awake = self.asleep_since is not None
+        awake = self.sleep.is_known
         self._linger_since = None
         if appetite is None:
             self._send(wire, Underway("messages.delete", done), {"message_ids": array(done)})
@@ -379,7 +390,7 @@ class Receiver:
             },
         )
         if awake:
-            self.asleep_since = None
+            self.sleep.end()
 
     def _in_turn(self, queues: Sequence[str]) -> list[str]:
         # A claim empties one queue before it looks at the next, so each must come first in its turn.
@@ -395,7 +406,7 @@ class Receiver:
     def _should_sleep(self) -> bool:
         waiting = [a for a in self._appetites if a.subscriber.queues]
         return (
-            self.asleep_since is None
+            self.sleep.since is None
             and any(not a.hungry and self._room(a)[0] > 0 for a in waiting)
             and not any(self._open(a) for a in waiting)
         )

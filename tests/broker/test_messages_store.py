@@ -12,7 +12,7 @@ import pytest
 from pgqrs_celery.db import Database
 from pgqrs_celery.session import Connection, Session
 from pgqrs_celery.store import broadcasts, consumers, messages, queues, workers
-from pgqrs_celery.store.messages import Claimed, NewMessage
+from pgqrs_celery.store.messages import Claimed, Handed, NewMessage
 from pgqrs_celery.store.queues import Binding, Queue
 
 ME, OTHER = uuid4(), uuid4()
@@ -332,7 +332,7 @@ def register(session: Session, consumer: UUID, *queues: str, locked: bool = Fals
 
 
 def fall_asleep(session: Session, consumer: UUID) -> None:
-    assert not consumers.doze(session, consumer, ["q"])
+    assert not consumers.doze(session, consumer, ["q"], 1)
 
 
 def test_a_wake_up_goes_to_as_many_sleepers_as_are_needed(session: Session) -> None:
@@ -386,7 +386,7 @@ def post(session: Session, new: NewMessage) -> None:
 
 def sleep(session: Session, consumer: UUID = ME, *queues: str) -> None:
     register(session, consumer, *(queues or ("q",)), locked=True)
-    assert not consumers.doze(session, consumer, queues or ("q",))
+    assert not consumers.doze(session, consumer, queues or ("q",), 7)
 
 
 def test_a_message_for_a_sleeper_comes_leased_with_the_notification_that_wakes_it(
@@ -399,14 +399,14 @@ def test_a_message_for_a_sleeper_comes_leased_with_the_notification_that_wakes_i
         (payload,) = heard(mine)
     given = messages.handed(payload)
     assert given is not None
-    assert given == Claimed(new.message_id, given.position, "q", 3, 1, 0, "{}", "{}", new.body)
+    assert given == Handed(7, Claimed(new.message_id, given.claimed.position, "q", 3, 1, 0, "{}", "{}", new.body))
     assert messages.extend(session, ME, [new.message_id], lease=LEASE) == {new.message_id}
     assert claim(session, consumer=OTHER) == []
 
 
 def test_a_sleeper_who_cannot_listen_is_handed_nothing(session: Session) -> None:
     register(session, ME)
-    assert not consumers.doze(session, ME, ["q"])
+    assert not consumers.doze(session, ME, ["q"], 1)
     post(session, message(body=b"x"))
     assert bodies(claim(session)) == [b"x"]
 
@@ -417,7 +417,7 @@ def test_only_one_message_is_handed_to_a_sleeper_who_then_looks_himself(database
         post(session, message(body=b"first"))
         post(session, message(body=b"second"))
         assert len(heard(mine)) == 1
-    assert consumers.doze(session, ME, ["q"])
+    assert consumers.doze(session, ME, ["q"], 1)
     assert bodies(claim(session)) == [b"second"]
 
 

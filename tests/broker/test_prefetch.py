@@ -8,11 +8,12 @@ from contextlib import suppress
 from typing import Any
 
 import kombu
+import psycopg
 import pytest
 from kombu.asynchronous import Hub
 
 from pgqrs_celery.db import Database
-from pgqrs_celery.store import messages
+from pgqrs_celery.store import consumers, messages
 from pgqrs_celery.store.messages import NewMessage
 from tests.support.waiting import wait_for
 
@@ -124,13 +125,21 @@ PROPERTIES = '{"content_type": "application/json", "content_encoding": "utf-8"}'
 def hand(database: Database, body: bytes) -> None:
     """Publish as another process does: to one who sleeps, with the notification that wakes it."""
     with database.session() as session:
-        new = NewMessage(messages.new_id(), "", "prefetch", "{}", PROPERTIES, body)
-        messages.post(session, new, wake=True)
+        messages.post(session, new_message(body), wake=True)
+
+
+def new_message(body: bytes) -> NewMessage:
+    return NewMessage(messages.new_id(), "", "prefetch", "{}", PROPERTIES, body)
 
 
 def asleep(database: Database, connection: kombu.Connection) -> bool:
     """Whether a consumer sleeps; lets it come to that."""
     drain(connection)
+    return sleeps(database)
+
+
+def sleeps(database: Database) -> bool:
+    """Whether the database takes a consumer for asleep."""
     with database.session() as session:
         statement = f"SELECT count(*) FROM {database.schema}.pgqrs_consumers WHERE asleep"
         row = session.connection.execute(statement.encode()).fetchone()
@@ -175,3 +184,62 @@ def test_a_message_for_a_consumer_that_has_left_the_queue_goes_back(
         hand(database, b"1")
         assert leased(database) == 1
         wait_for(lambda: drain(connection) or leased(database) == 0, 10, "the message to go back")
+
+
+def overhear(database: Database, connection: kombu.Connection, body: bytes) -> tuple[str, str]:
+    """Hand a message to a sleeper; return the channel and the payload of the notification."""
+    (channel,) = channels(database)
+    with psycopg.connect(database.dsn, autocommit=True) as other:
+        other.execute(f'LISTEN "{channel}"'.encode())
+        hand(database, body)
+        (heard,) = other.notifies(timeout=10, stop_after=1)
+    return channel, heard.payload
+
+
+def channels(database: Database) -> list[str]:
+    with database.session() as session:
+        rows = session.connection.execute(f"SELECT consumer_id FROM {database.schema}.pgqrs_consumers".encode())
+        return [consumers.channel(consumer_id) for (consumer_id,) in rows.fetchall()]
+
+
+def test_a_message_whose_notification_comes_a_nap_too_late_finds_its_consumer_awake_when_it_is_handed_out(
+    connection: kombu.Connection, database: Database
+) -> None:
+    handed_out: list[int] = []
+
+    def take(body: int, message: kombu.Message) -> None:
+        # As a task in the main process does: nothing else is done by this thread meanwhile.
+        wait_for(lambda: not sleeps(database), 10, "the database to know that the consumer is awake")
+        handed_out.append(body)
+        message.ack()
+
+    queue = kombu.Queue("prefetch", routing_key="prefetch")
+    with kombu.Consumer(connection, [queue], prefetch_count=1, callbacks=[take]):
+        wait_for(lambda: asleep(database, connection), 10, "the consumer to sleep")
+        channel, payload = overhear(database, connection, b"1")
+        wait_for(lambda: drain(connection) or handed_out, 10, "the message")
+        wait_for(lambda: asleep(database, connection), 10, "the consumer to sleep again")
+        with database.session() as session:
+            session.connection.execute("SELECT pg_notify(%s, %s)", (channel, payload))
+        wait_for(lambda: drain(connection) or len(handed_out) == 2, 10, "the message")
+    assert handed_out == [1, 1]
+
+
+def test_a_consumer_that_is_told_to_look_is_awake_when_it_hands_out_what_it_finds(
+    connection: kombu.Connection, database: Database
+) -> None:
+    handed_out: list[int] = []
+
+    def take(body: int, message: kombu.Message) -> None:
+        wait_for(lambda: not sleeps(database), 10, "the database to know that the consumer is awake")
+        handed_out.append(body)
+        message.ack()
+
+    queue = kombu.Queue("prefetch", routing_key="prefetch")
+    with kombu.Consumer(connection, [queue], prefetch_count=1, callbacks=[take]):
+        wait_for(lambda: asleep(database, connection), 10, "the consumer to sleep")
+        with database.transaction() as session:
+            messages.publish(session, [new_message(b"1")])
+            consumers.tell(session, ["prefetch"])
+        wait_for(lambda: drain(connection) or handed_out, 10, "the message")
+    assert handed_out == [1]

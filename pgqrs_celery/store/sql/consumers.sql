@@ -32,7 +32,7 @@ SELECT pg_notify('pgqrs_' || replace(c.consumer_id::text, '-', ''), 'look')
        JOIN {schema}.pgqrs_consumers c ON c.queues && d.queues AND c.consumer_id <> d.consumer_id AND c.dead_at IS NULL;
 
 -- doze: say that the consumer wants to be notified; returns whether there is something to do after all.
-CALL {schema}.pgqrs_doze(%(consumer_id)s::uuid, %(queues)s::text[], NULL);
+CALL {schema}.pgqrs_doze(%(consumer_id)s::uuid, %(queues)s::text[], %(nap)s::bigint, NULL);
 
 -- wake: notify as many sleeping consumers of each queue as it has new messages, and all that must look at it.
 WITH chosen AS MATERIALIZED (
