@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import uuid
 from collections import Counter
 from collections.abc import Iterator
@@ -22,9 +21,8 @@ from pgqrs_celery.embedded import PostgresServer, RedisServer
 from pgqrs_celery.store import migrations
 from tests.backend.application import BACKEND, BROKER, CRASH, JOURNAL, make_app
 from tests.backend.conftest import Spy, close
+from tests.support.nursery import start_celery
 from tests.support.waiting import wait_for
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 class Site:
@@ -51,10 +49,11 @@ class Site:
 
     @contextmanager
     def _worker(self, environment: dict[str, str]) -> Iterator[int]:
-        command = [sys.executable, "-m", "celery", "-A", "tests.backend.application", "worker", "-c", "2"]
-        command += ["--loglevel", "INFO", "--without-gossip", "--without-mingle", "-n", f"w{os.urandom(4).hex()}@h"]
-        with open(self.directory / "worker.log", "ab") as log:
-            process = subprocess.Popen(command, cwd=ROOT, env=self.environment | environment, stdout=log, stderr=log)
+        name = f"w{os.urandom(4).hex()}"
+        command = ["-A", "tests.backend.application", "worker", "-c", "2", "-n", f"{name}@h"]
+        command += ["--loglevel", "INFO", "--without-gossip", "--without-mingle"]
+        output = self.directory / f"{name}.log"
+        process = start_celery(command, env=self.environment | environment, output=output)
         try:
             wait_for(lambda: self.app.control.ping(timeout=0.5), timeout=40, what="the worker")
             yield process.pid
@@ -63,7 +62,7 @@ class Site:
             try:
                 process.wait(20)
             except subprocess.TimeoutExpired:
-                process.kill()
+                os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
 
     def notes(self) -> Counter[str]:
@@ -72,7 +71,7 @@ class Site:
 
     def log(self) -> str:
         """Return what the workers have logged."""
-        return (self.directory / "worker.log").read_text()
+        return "".join(path.read_text() for path in self.directory.glob("w*.log"))
 
     def closed(self) -> bool:
         """Whether no chord is open."""

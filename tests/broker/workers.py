@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 from celery import Celery
 
+from tests.support.nursery import start_celery
+from tests.support.processes import ROOT
 from tests.support.waiting import wait_for
-
-ROOT = Path(__file__).parents[2]
 
 
 class Bench:
@@ -96,17 +94,8 @@ class Worker:
     def __init__(self, bench: Bench, number: int, arguments: tuple[str, ...], environment: dict[str, str]) -> None:
         self.name = f"w{number}@test"
         self.output = bench.directory / f"worker-{number}.log"
-        command = [sys.executable, "-m", "celery", "-A", "tests.broker.application", "worker", "-l", "INFO"]
-        with self.output.open("wb") as output:
-            self.process = subprocess.Popen(
-                [*command, "-n", self.name, *arguments],
-                env=environment,
-                cwd=ROOT,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                start_new_session=True,
-            )
+        command = ["-A", "tests.broker.application", "worker", "-l", "INFO", "-n", self.name, *arguments]
+        self.process = start_celery(command, env=environment, output=self.output)
 
     @property
     def text(self) -> str:

@@ -20,7 +20,9 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
-__all__ = ["ForkedProgram"]
+from tests.support.processes import ROOT, start_process
+
+__all__ = ["ForkedProgram", "start_celery"]
 
 #: What takes most of a worker's start; without Celery's own command, which would load that of the package under test.
 LIBRARIES = [
@@ -30,6 +32,8 @@ LIBRARIES = [
     *("celery.worker.control", "celery.worker.strategy", "click_repl", "flower.command", "kombu.transport.pyamqp"),
     *("kombu.transport.redis", "psycopg", "redis.asyncio", "sqlalchemy.dialects.postgresql", "sqlalchemy.orm"),
 ]
+
+GREEN = {"gevent", "eventlet"}
 
 PR_SET_PDEATHSIG = 1
 
@@ -69,6 +73,21 @@ class ForkedProgram:
         """Send a signal to it, unless it has ended."""
         if self.poll() is None:
             os.kill(self.pid, number)
+
+
+def start_celery(
+    arguments: Sequence[str], *, env: Mapping[str, str], output: Path
+) -> ForkedProgram | subprocess.Popen[bytes]:
+    """Start ``celery arguments`` in a process group of its own; what it prints goes to a file.
+
+    Green pools replace parts of the standard library before anything else is imported, and are not forked.
+    """
+    output.touch()
+    if not GREEN.intersection(arguments):
+        return ForkedProgram("celery", arguments, cwd=ROOT, env=env, output=output)
+    command = [sys.executable, "-m", "celery", *arguments]
+    with output.open("wb") as file:
+        return start_process(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, cwd=ROOT, env=env)
 
 
 def _become(module: str, arguments: Sequence[str], cwd: Path, env: Mapping[str, str], output: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -14,8 +13,7 @@ from typing import Final, Self
 
 import psutil
 
-from tests.support.nursery import ForkedProgram
-from tests.support.processes import ROOT, start_process
+from tests.support.nursery import ForkedProgram, start_celery
 from tests.support.scenario import Scenario
 from tests.support.waiting import wait_for
 
@@ -47,8 +45,6 @@ class WorkerProcess:
             *("-n", self.hostname, "-P", pool, "-c", str(concurrency)),
             *("--without-mingle", "--without-gossip", *arguments),
         ]
-        #: Green pools replace parts of the standard library before anything else is imported.
-        self._forked = pool not in ("gevent", "eventlet")
         self._process: ForkedProgram | subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
@@ -65,19 +61,7 @@ class WorkerProcess:
 
     def start(self) -> None:
         """Start it; `wait_ready` tells when it takes messages."""
-        environment = self.scenario.environment()
-        if self._forked:
-            self._process = ForkedProgram("celery", self._arguments, cwd=ROOT, env=environment, output=self.log)
-            return
-        with self.log.open("wb") as output:
-            self._process = start_process(
-                [sys.executable, "-m", "celery", *self._arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                cwd=ROOT,
-                env=environment,
-            )
+        self._process = start_celery(self._arguments, env=self.scenario.environment(), output=self.log)
 
     def wait_ready(self) -> None:
         """Return when it takes messages."""
