@@ -81,8 +81,8 @@ def test_a_revoked_task_does_not_run(bench: Bench, client: Celery, database: Dat
     bench.wait_for_entries(1, "linger")
     waiting = send(client, "record", "never")
     later = send(client, "record", "never", countdown=1)
-    client.control.revoke([waiting.id, later.id], reply=True, timeout=5)
-    client.control.revoke(busy.id, terminate=True, reply=True, timeout=5)
+    client.control.revoke([waiting.id, later.id], reply=True, timeout=5, limit=1)
+    client.control.revoke(busy.id, terminate=True, reply=True, timeout=5, limit=1)
     for result in (busy, waiting, later):
         assert wait_for(lambda r=result: r.status == "REVOKED", 15, result.id)
     assert bench.entries("record") == []
@@ -177,7 +177,7 @@ def test_a_countdown_is_kept_to_the_moment(pool: str, bench: Bench, client: Cele
 def test_scheduled_tasks_can_be_inspected(bench: Bench, client: Celery) -> None:
     worker = bench.worker("-c", "1")
     result = send(client, "record", "later", countdown=3600)
-    (found,) = client.control.inspect(timeout=5).scheduled()[worker.name]
+    (found,) = client.control.inspect([worker.name], timeout=5).scheduled()[worker.name]
     assert found["request"]["id"] == result.id
     assert found["request"]["args"] == ["later"]
     assert found["request"]["name"] == TASKS + "record"
