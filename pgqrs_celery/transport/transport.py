@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 import psycopg
+from celery.signals import worker_shutting_down
 from kombu.exceptions import ChannelError
 from kombu.transport import base
 
@@ -298,16 +299,23 @@ class Transport(base.Transport):
     def register_with_event_loop(self, connection: Any, loop: Any) -> None:
         """Receive through this hub from now on."""
         self._hub = loop
+        worker_shutting_down.connect(self._on_shutting_down)
         if self._receiver is not None:
             self._attach(self._receiver)
 
     def unregister_from_event_loop(self, connection: Any, loop: Any) -> None:
         """Receive through ``drain_events`` again."""
         self._hub = None
+        worker_shutting_down.disconnect(self._on_shutting_down)
         if self._receiver is not None:
             loop.remove_reader(self._receiver.bell.fileno())
             if self._receiver.wire is not None:
                 loop.remove_reader(self._receiver.wire.fileno())
+
+    def _on_shutting_down(self, **_: Any) -> None:
+        # Celery notes the signal, and looks when its loop comes round: with nothing to do that may take seconds.
+        if self._receiver is not None:
+            self._receiver.ring()
 
     def _attach(self, receiver: Receiver) -> None:
         receiver.on_wire = self._on_wire
