@@ -15,6 +15,7 @@ from datetime import datetime
 from uuid import UUID
 
 from pgqrs_celery.exceptions import StoreError
+from pgqrs_celery.forks import NoFork
 from pgqrs_celery.ledger import Ledger
 from pgqrs_celery.store import leases, workers
 
@@ -29,6 +30,7 @@ class Keeper:
     def __init__(self, ledger: Ledger) -> None:
         self.ledger = ledger
         self._stop = threading.Event()
+        self._no_fork = NoFork()
         self._thread = threading.Thread(target=self._run, name="pgqrs-keeper", daemon=True)
         self._signed_at = float("-inf")
         self._signed: Mapping[str, datetime] = {}
@@ -53,7 +55,8 @@ class Keeper:
     def _run(self) -> None:
         while not self._stop.wait(self.interval):
             try:
-                self.beat()
+                with self._no_fork:
+                    self.beat()
             except StoreError as error:
                 logger.warning("cannot renew leases now: %s", error)
 

@@ -11,6 +11,7 @@ from celery import Celery, bootsteps
 from celery.worker import state
 
 from pgqrs_celery.exceptions import NotInstalled, SchemaOutdated, StoreError, StoreUnavailable
+from pgqrs_celery.forks import NoFork
 from pgqrs_celery.incarnation import Incarnation
 from pgqrs_celery.leases import Keeper
 from pgqrs_celery.ledger import Ledger
@@ -38,6 +39,7 @@ class RelayThread:
         self.presence = presence
         self.relay = relay
         self._stop = threading.Event()
+        self._no_fork = NoFork()
         self._thread = threading.Thread(target=self._run, name="pgqrs-relay", daemon=True)
 
     def start(self) -> None:
@@ -59,8 +61,9 @@ class RelayThread:
         while not self._stop.is_set():
             try:
                 if not self.presence.is_open:
-                    self.presence.open()
-                    self.ledger.call(lambda session: workers.forget(session, app=self.ledger.app))
+                    with self._no_fork:
+                        self.presence.open()
+                        self.ledger.call(lambda session: workers.forget(session, app=self.ledger.app))
                 self._serve()
                 failures = 0
             except StoreUnavailable as error:
@@ -79,10 +82,11 @@ class RelayThread:
         called = True
         while not self._stop.is_set():
             now = time.monotonic()
-            if now >= look:
-                look = now + self.presence.watch()
-            if self.relay is not None and now >= due:
-                due, called = now + self.relay.work(called=called), False
+            with self._no_fork:
+                if now >= look:
+                    look = now + self.presence.watch()
+                if self.relay is not None and now >= due:
+                    due, called = now + self.relay.work(called=called), False
             until = look if self.relay is None else min(look, due)
             if self.presence.wait(max(0.0, until - time.monotonic())):
                 due, called = 0.0, True

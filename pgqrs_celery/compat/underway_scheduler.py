@@ -15,6 +15,7 @@ from celery import bootsteps
 
 from pgqrs_celery.compat.underway_cron import Cron
 from pgqrs_celery.exceptions import StoreError
+from pgqrs_celery.forks import NoFork
 from pgqrs_celery.store import schedules
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ class SchedulerStep(bootsteps.StartStopStep):
     def __init__(self, parent: Any, **kwargs: Any) -> None:
         super().__init__(parent, **kwargs)
         self._stop = threading.Event()
+        self._no_fork = NoFork()
         self._thread: threading.Thread | None = None
 
     def start(self, parent: Any) -> None:
@@ -85,10 +87,11 @@ class SchedulerStep(bootsteps.StartStopStep):
         while not self._stop.is_set():
             pause: float | None = LONGEST_PAUSE
             try:
-                while tick(pgqrs) is not None and not self._stop.is_set():
-                    pass
-                app, names = pgqrs.ledger.app, list(known_workflows(pgqrs))
-                pause = pgqrs.ledger.call(lambda session: schedules.next_due(session, app=app, workflows=names))  # noqa: B023
+                with self._no_fork:
+                    while tick(pgqrs) is not None and not self._stop.is_set():
+                        pass
+                    app, names = pgqrs.ledger.app, list(known_workflows(pgqrs))
+                    pause = pgqrs.ledger.call(lambda session: schedules.next_due(session, app=app, workflows=names))  # noqa: B023
             except StoreError as error:
                 logger.warning("the scheduler tries again in %.0f s: %s", LONGEST_PAUSE, error)
             except Exception:

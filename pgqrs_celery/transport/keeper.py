@@ -21,6 +21,7 @@ from typing import Final
 from uuid import UUID, uuid4
 
 from pgqrs_celery.exceptions import StoreError, StoreUnavailable
+from pgqrs_celery.forks import NoFork
 from pgqrs_celery.lookout import SETTLING, lookout
 from pgqrs_celery.pooler import is_own_session
 from pgqrs_celery.session import Session
@@ -85,6 +86,7 @@ class Keeper:
         self._attempted: list[UUID] = []
         self._locked = True
         self._told = ""
+        self._no_fork = NoFork()
         self._thread: threading.Thread | None = None
         receiver.nudge = self.nudge
 
@@ -166,7 +168,8 @@ class Keeper:
                 self._next_look = time.monotonic() + min(rest, LOOK_INTERVAL)
                 continue
             try:
-                self._round()
+                with self._no_fork:
+                    self._round()
             except StoreUnavailable as error:
                 self._attempts += 1
                 pause = min(2.0, 0.05 * 2**self._attempts) * random.uniform(0.5, 1.0)

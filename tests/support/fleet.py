@@ -122,8 +122,18 @@ class Fleet:
     def ended(self, result: AsyncResult[Any] | str) -> WorkflowRun:
         """Wait until the run of a result has ended and return it."""
         run = self.run_of(result)
-        wait_for(lambda: run.status in TERMINAL, PATIENCE, f"run {run.id} to end")
+        try:
+            wait_for(lambda: run.status in TERMINAL, PATIENCE, f"run {run.id} to end")
+        except AssertionError as error:
+            steps_now = "".join(f"\n  {step}" for step in run.steps())
+            raise AssertionError(
+                f"{error}; it is {run.status}, its steps are:{steps_now}\n{self.last_words()}"
+            ) from None
         return run
+
+    def last_words(self) -> str:
+        """Return the end of what each worker has logged."""
+        return "\n".join(f"-- {worker.name}:\n{worker.output()[-3000:]}" for worker in self.workers)
 
     def expect(self, counts: Mapping[str, int], kind: str = "body") -> None:
         """Check how often tasks had their effect, by task id; and that it stays so, when the fleet ends."""

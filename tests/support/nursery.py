@@ -42,7 +42,7 @@ PR_SET_PDEATHSIG = 1
 def nursery() -> ForkServerContext:
     """Return the context of this process's fork server."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(LIBRARIES)
+    context.set_forkserver_preload([*LIBRARIES, "tests.support.still"])
     return context
 
 
