@@ -49,6 +49,10 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.pop(DSN_VARIABLE, None)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
 def pytest_unconfigure(config: pytest.Config) -> None:
     lock = config.stash.get(_session_lock, None)
     if lock is not None:

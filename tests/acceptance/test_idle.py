@@ -34,7 +34,8 @@ RESTING: Final = 5.0
 #: The settings' lease, after which nobody has to be given time to come back; then some looks.
 PATIENCE: Final = 100.0
 
-pytestmark = pytest.mark.timeout(300)  # a test waits for several things, one after the other
+# A test waits for several things, one after the other.
+pytestmark = [pytest.mark.long, pytest.mark.timeout(300)]
 
 
 class Server:

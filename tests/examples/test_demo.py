@@ -19,6 +19,7 @@ from pgqrs_celery.conf import DSN_VARIABLE
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.long
 def test_every_claim_of_the_demo_holds_within_a_minute() -> None:
     environment = {k: v for k, v in os.environ.items() if k not in (DSN_VARIABLE, "CELERY_BROKER_URL")}
     began = time.monotonic()
