@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from uuid import UUID, uuid4
 
@@ -120,6 +121,32 @@ def test_what_nobody_executes_is_not_renewed(ledger: Ledger, state: str) -> None
     before = ledger.row("a")
     renew(ledger, worker, "a")
     assert ledger.row("a") == before
+
+
+@pytest.mark.parametrize("finish", [Ledger.succeed, Ledger.fail])
+def test_a_finished_step_whose_process_is_gone_stays_due_though_its_worker_still_counts_it_as_its_own(
+    ledger: Ledger, finish: Callable[..., bool]
+) -> None:
+    # The keeper has looked what the worker holds a moment before the worker noticed that the process is gone.
+    worker = Worker()
+    ledger.start("a")
+    token = ledger.acquire("a", worker)
+    assert finish(ledger, "a", token)
+    assert steps.bereave(ledger.session, "a", worker_id=worker.worker_id, max_lost=MAX_LOST, poison=POISON)
+    before = ledger.row("a")
+    renew(ledger, worker, "a")
+    assert ledger.row("a") == before
+    assert [step.task_id for step in ledger.claim()] == ["a"]
+
+
+@pytest.mark.parametrize("finish", [Ledger.succeed, Ledger.fail])
+def test_a_finished_step_is_kept_while_its_process_hands_it_off(ledger: Ledger, finish: Callable[..., bool]) -> None:
+    worker = Worker()
+    ledger.start("a")
+    assert finish(ledger, "a", ledger.acquire("a", worker))
+    ledger.execute("UPDATE {schema}.pgqrs_workflow_steps SET due_at = {schema}.pgqrs_now() WHERE task_id = 'a'")
+    renew(ledger, worker, "a")
+    assert ledger.claim() == []
 
 
 def test_a_stopping_worker_gives_everything_back_uncounted(ledger: Ledger) -> None:
