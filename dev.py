@@ -196,7 +196,7 @@ def main(argv):
     os.chdir(str(ROOT))
     os.environ["VIRTUAL_ENV"] = str(VENV)
     os.environ["PATH"] = str(VENV / "bin") + os.pathsep + os.environ.get("PATH", os.defpath)
-    # Hundreds of processes are started by the tests; without its bytecode each would compile what it imports.
+    # The tests start hundreds of processes; without bytecode each of them would compile what it imports.
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     if command == "lint":
         return lint()

@@ -63,22 +63,24 @@ class NoFork:
 
 _numbers = itertools.count()
 _blocks: weakref.WeakSet[NoFork] = weakref.WeakSet()
-_held = threading.local()
+_forking = threading.local()
 
 
 def _before() -> None:
     until = time.monotonic() + PATIENCE
-    in_order = sorted(_blocks, key=lambda block: block._number)  # two threads may fork at the same time
-    _held.blocks = [block for block in in_order if block.end(until)]
+    # Filled one by one: an interrupted wait must not leave a block behind that never begins again.
+    _forking.ended = ended = []
+    for block in sorted(_blocks, key=lambda block: block._number):  # in order: two threads may fork at the same time
+        if block.end(until):
+            ended.append(block)
 
 
 def _after_in_parent() -> None:
-    for block in _held.__dict__.pop("blocks", ()):
-        block.may_begin()
+    while _forking.ended:
+        _forking.ended.pop().may_begin()
 
 
 def _after_in_child() -> None:
-    _held.__dict__.pop("blocks", None)
     for block in list(_blocks):
         block.forget()
 

@@ -301,9 +301,9 @@ class Receiver:
 
         Answers come over volatile queues, and who waits for a number of them asks as often.
         """
-        delivered = False
         if self.sleep.must_rise:
-            return delivered
+            return False
+        delivered = False
         while self._inbox:
             subscriber, message = self._inbox.popleft()
             subscriber.deliver(message)

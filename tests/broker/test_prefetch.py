@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -186,60 +187,52 @@ def test_a_message_for_a_consumer_that_has_left_the_queue_goes_back(
         wait_for(lambda: drain(connection) or leased(database) == 0, 10, "the message to go back")
 
 
-def overhear(database: Database, connection: kombu.Connection, body: bytes) -> tuple[str, str]:
-    """Hand a message to a sleeper; return the channel and the payload of the notification."""
-    (channel,) = channels(database)
+@pytest.fixture
+def handed_out(connection: kombu.Connection, database: Database) -> Iterator[list[int]]:
+    """What was handed out by a consumer that sleeps now; each time the database must come to know that it is awake."""
+    bodies: list[int] = []
+
+    def take(body: int, message: kombu.Message) -> None:
+        # As a task in the main process does: nothing else is done by this thread meanwhile.
+        wait_for(lambda: not sleeps(database), 10, "the database to know that the consumer is awake")
+        bodies.append(body)
+        message.ack()
+
+    queue = kombu.Queue("prefetch", routing_key="prefetch")
+    with kombu.Consumer(connection, [queue], prefetch_count=1, callbacks=[take]):
+        wait_for(lambda: asleep(database, connection), 10, "the consumer to sleep")
+        yield bodies
+
+
+def overhear(database: Database, body: bytes) -> tuple[str, str]:
+    """Hand a message to the only consumer, which sleeps; return the channel and the payload of the notification."""
     with psycopg.connect(database.dsn, autocommit=True) as other:
+        statement = f"SELECT consumer_id FROM {database.schema}.pgqrs_consumers"
+        ((consumer_id,),) = other.execute(statement.encode()).fetchall()
+        channel = consumers.channel(consumer_id)
         other.execute(f'LISTEN "{channel}"'.encode())
         hand(database, body)
         (heard,) = other.notifies(timeout=10, stop_after=1)
     return channel, heard.payload
 
 
-def channels(database: Database) -> list[str]:
-    with database.session() as session:
-        rows = session.connection.execute(f"SELECT consumer_id FROM {database.schema}.pgqrs_consumers".encode())
-        return [consumers.channel(consumer_id) for (consumer_id,) in rows.fetchall()]
-
-
 def test_a_message_whose_notification_comes_a_nap_too_late_finds_its_consumer_awake_when_it_is_handed_out(
-    connection: kombu.Connection, database: Database
+    connection: kombu.Connection, database: Database, handed_out: list[int]
 ) -> None:
-    handed_out: list[int] = []
-
-    def take(body: int, message: kombu.Message) -> None:
-        # As a task in the main process does: nothing else is done by this thread meanwhile.
-        wait_for(lambda: not sleeps(database), 10, "the database to know that the consumer is awake")
-        handed_out.append(body)
-        message.ack()
-
-    queue = kombu.Queue("prefetch", routing_key="prefetch")
-    with kombu.Consumer(connection, [queue], prefetch_count=1, callbacks=[take]):
-        wait_for(lambda: asleep(database, connection), 10, "the consumer to sleep")
-        channel, payload = overhear(database, connection, b"1")
-        wait_for(lambda: drain(connection) or handed_out, 10, "the message")
-        wait_for(lambda: asleep(database, connection), 10, "the consumer to sleep again")
-        with database.session() as session:
-            session.connection.execute("SELECT pg_notify(%s, %s)", (channel, payload))
-        wait_for(lambda: drain(connection) or len(handed_out) == 2, 10, "the message")
+    channel, payload = overhear(database, b"1")
+    wait_for(lambda: drain(connection) or handed_out, 10, "the message")
+    wait_for(lambda: asleep(database, connection), 10, "the consumer to sleep again")
+    with database.session() as session:
+        session.connection.execute("SELECT pg_notify(%s, %s)", (channel, payload))
+    wait_for(lambda: drain(connection) or len(handed_out) == 2, 10, "the message")
     assert handed_out == [1, 1]
 
 
 def test_a_consumer_that_is_told_to_look_is_awake_when_it_hands_out_what_it_finds(
-    connection: kombu.Connection, database: Database
+    connection: kombu.Connection, database: Database, handed_out: list[int]
 ) -> None:
-    handed_out: list[int] = []
-
-    def take(body: int, message: kombu.Message) -> None:
-        wait_for(lambda: not sleeps(database), 10, "the database to know that the consumer is awake")
-        handed_out.append(body)
-        message.ack()
-
-    queue = kombu.Queue("prefetch", routing_key="prefetch")
-    with kombu.Consumer(connection, [queue], prefetch_count=1, callbacks=[take]):
-        wait_for(lambda: asleep(database, connection), 10, "the consumer to sleep")
-        with database.transaction() as session:
-            messages.publish(session, [new_message(b"1")])
-            consumers.tell(session, ["prefetch"])
-        wait_for(lambda: drain(connection) or handed_out, 10, "the message")
+    with database.transaction() as session:
+        messages.publish(session, [new_message(b"1")])
+        consumers.tell(session, ["prefetch"])
+    wait_for(lambda: drain(connection) or handed_out, 10, "the message")
     assert handed_out == [1]

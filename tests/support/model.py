@@ -230,8 +230,8 @@ class Model:
         for task_id in held:
             s = self.steps[task_id]
             given_up = s.token is None and s.due is not None and s.due <= self.now
-            handed_off = s.open and s.status in ("SUCCESS", "FAILED") and not given_up
-            ours = s.worker == worker and (s.status == "RUNNING" or handed_off)
+            handing_off = s.open and s.status in ("SUCCESS", "FAILED") and not given_up
+            ours = s.worker == worker and (s.status == "RUNNING" or handing_off)
             received = s.status == "QUEUED" and s.sent
             if (ours or received) and s.due is not None and s.due < self.now + LEASE * 2 / 3:
                 s.due, s.worker = max(s.due, self.now + LEASE), worker
