@@ -118,6 +118,9 @@ class Settings:
     #: Commit without waiting for the disk: faster, but a crash of Postgres may lose the last half second
     #: of steps (they run again).
     synchronous_commit: bool = _setting(True, _flag)
+    #: For how long the process that has finished a link of a chain may go on with the next one itself, without a
+    #: message in between; 0 never. Needs our own broker and result backend.
+    local_continuation: float = _setting(0.0, _number(0, 30))
     #: Whether workers send again what is due; switch it off only where other workers of the app do it.
     relay: bool = _setting(True, _flag)
     relay_batch: int = _setting(100, _count(1))

@@ -16,6 +16,7 @@ from pgqrs_celery.store import runs, steps
 from pgqrs_celery.store.recording import NewStep
 from pgqrs_celery.store.runs import NewRun
 from pgqrs_celery.store.steps import Acquired, Verdict
+from pgqrs_celery.store.units import Taking
 
 __all__ = ["Adoption", "Decision", "StepGuard"]
 
@@ -125,6 +126,27 @@ class StepGuard:
             return Decision(verdict)
         guard = cls(ledger, task_id, lease_token, began + settings.lease, row)
         return Decision(verdict, guard, failed, row.output, row.error)
+
+    @classmethod
+    def taken(cls, before: StepGuard, step: NewStep, taking: Taking, deadline: float, at: datetime) -> StepGuard:
+        """Return the guard of a step that was taken in the transaction that finished the one ``before`` it."""
+        row = Acquired(
+            verdict=Verdict.EXECUTE,
+            workflow_id=before.workflow_id,
+            step_id=step.step_id,
+            status="RUNNING",
+            output=None,
+            error=None,
+            workflow_name=before.workflow_name,
+            root_id=before.root_id,
+            touch=False,
+            generation=step.generation,
+            fence=1,
+            attempt=1,
+            lost=0,
+            now=at,
+        )
+        return cls(before.ledger, step.task_id, taking.lease_token, deadline, row)
 
     def database_time(self) -> datetime:
         """Return the database's time as far as this process can know it: that of the acquire, plus what has passed."""

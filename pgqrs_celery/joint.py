@@ -15,6 +15,7 @@ from uuid import UUID
 from celery import Celery
 
 from pgqrs_celery.backend import PostgresBackend
+from pgqrs_celery.continuation import Candidate, candidate
 from pgqrs_celery.execution import Deferred, Execution
 from pgqrs_celery.ledger import Ledger
 from pgqrs_celery.recorder import Recorder
@@ -74,8 +75,11 @@ class Joint:
             # A chord is entered only once the success that begins it is known to count.
             return False
         deferred, running.deferred = running.deferred, Deferred()
+        following = self._candidate(recorder, running, deferred, outcome)
 
         def work(session: Session) -> Answer:
+            if following is not None:
+                return _go_on(session, self, running, following, outcome)
             prepared = self._prepare(recorder, running, deferred, outcome)
             if prepared is None:
                 return _write(session, self, recorder, running, deferred, outcome)
@@ -86,6 +90,9 @@ class Joint:
         if not answer.accepted and uncommitted is not None:
             running.lose()
             return False
+        if answer.taken and following is not None:
+            following.take(answer.recorded[0])
+            return False
         if answer.published and self.broker is not None:
             self.broker.wake(answer.published)
         if deferred.messages:
@@ -93,6 +100,13 @@ class Joint:
         if answer.quiet:
             ledger.call(lambda session: runs.close_if_quiet(session, running.guard.workflow_id))
         return answer.complete
+
+    def _candidate(
+        self, recorder: Recorder, running: Execution, deferred: Deferred, outcome: Outcome
+    ) -> Candidate | None:
+        if self.broker is None or running.uncommitted is None or outcome.part is not None:
+            return None
+        return candidate(running, deferred.messages, deferred.rows, recorder.app)
 
     def _prepare(
         self, recorder: Recorder, running: Execution, deferred: Deferred, outcome: Outcome
@@ -118,6 +132,25 @@ class Answer:
     published: list[Published]
     complete: bool
     quiet: bool
+    #: Whether the process goes on with what follows.
+    taken: bool = False
+
+
+def _go_on(session: Session, joint: Joint, running: Execution, following: Candidate, outcome: Outcome) -> Answer:
+    """Write a unit of work whose next step this process takes itself."""
+    guard, taking = running.guard, following.taking
+    assert running.uncommitted is not None
+    unit, taken = units.go_on(
+        session,
+        app=joint.ledger.app,
+        lease_token=guard.lease_token,
+        output=running.uncommitted,
+        outcome=outcome,
+        following=following.step,
+        taking=taking,
+        own_message_id=_own_message(running),
+    )
+    return Answer(unit.accepted, unit.recorded, [], False, False, taken)
 
 
 def _write_unit(

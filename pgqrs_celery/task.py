@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 from celery import Celery, Task, states
 from celery.exceptions import Ignore, Reject, Retry, TaskRevokedError
 
-from pgqrs_celery import execution, ids
+from pgqrs_celery import continuation, execution, ids
 from pgqrs_celery.adoption import adoption
 from pgqrs_celery.enqueue import enqueueing
 from pgqrs_celery.envelope import MARKER, SENT
@@ -58,6 +58,7 @@ class DurableTask(Task):  # type: ignore[type-arg]
     pgqrs_durable = True
     pgqrs_kind = "canvas"
     Request = "pgqrs_celery.request:DurableRequest"
+    _tracer: Any = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         request = self.request
@@ -71,6 +72,15 @@ class DurableTask(Task):  # type: ignore[type-arg]
     def is_recorded(cls, headers: Mapping[str, Any]) -> bool:
         """Return whether a message of this task with these headers belongs in the ledger."""
         return True
+
+    @property
+    def __trace__(self) -> Any:
+        """Celery's tracer of this task, which goes on with what follows while it may (``continuation``)."""
+        return self._tracer
+
+    @__trace__.setter
+    def __trace__(self, tracer: Any) -> None:
+        self._tracer = continuation.going_on(tracer) if tracer is not None else None
 
     @property
     def backend(self) -> Any:
@@ -164,6 +174,9 @@ def last_link(signature: Any) -> Any:
 def perform(task: DurableTask, request: Any, args: Any, kwargs: Any) -> Any:
     """Execute or replay one durable task in a worker; see the table above."""
     ledger = ledger_of(task.app)
+    guard = continuation.guard_of(request)
+    if guard is not None:
+        return execute(task, request, Execution(guard, Phase.BODY, request), args, kwargs)
     try:
         decision = StepGuard.acquire(
             ledger,
@@ -179,11 +192,19 @@ def perform(task: DurableTask, request: Any, args: Any, kwargs: Any) -> Any:
     if decision.verdict is Verdict.REPLAY:
         return replay(task, request, ledger, decision, decision.guard)
     running = Execution(decision.guard, Phase.BODY, request)
+    return execute(task, request, running, args, kwargs, decision)
+
+
+def execute(
+    task: DurableTask, request: Any, running: Execution, args: Any, kwargs: Any, decision: Decision | None = None
+) -> Any:
+    """Execute the body of a step that is ours, or undo what former executions have done where that was decided."""
+    ledger = running.guard.ledger
     setattr(request, execution.ATTRIBUTE, running)
     announce_start(task, request)
     try:
-        decision.guard.check_deadline()
-        if decision.verdict is Verdict.UNDO:
+        running.guard.check_deadline()
+        if decision is not None and decision.verdict is Verdict.UNDO:
             undo(task, request, running, decision.error, args, kwargs)
         return finish_body(running, task.run(*args, **kwargs))
     except LeaseLost as lost:

@@ -35,6 +35,8 @@ class Side:
     schema: str = "public"
     #: Anything, or nothing for "no".
     synchronous_commit: str = "yes"
+    #: Seconds, as text.
+    local_continuation: str = "0"
 
     @property
     def durable(self) -> bool:
@@ -95,7 +97,10 @@ def make_app(side: Side) -> Celery:
     decorate: Any = app.task
     if side.durable:
         app.conf.update(
-            pgqrs_dsn=side.dsn, pgqrs_schema=side.schema, pgqrs_synchronous_commit=bool(side.synchronous_commit)
+            pgqrs_dsn=side.dsn,
+            pgqrs_schema=side.schema,
+            pgqrs_synchronous_commit=bool(side.synchronous_commit),
+            pgqrs_local_continuation=float(side.local_continuation),
         )
         pgqrs = Pgqrs(app)
         decorate = pgqrs.task

@@ -71,6 +71,13 @@ def one_postgres_async(servers: Servers) -> Side:
     return Side("one-async", "the same, pgqrs_synchronous_commit = False", url, url, dsn, synchronous_commit="")
 
 
+def one_postgres_local(servers: Servers) -> Side:
+    """The same (on disk before anybody acts on it), with processes that go on with the next link themselves."""
+    dsn = servers.database("one_postgres_local")
+    url = f"pgqrs+{dsn}"
+    return Side("one-local", "the same, pgqrs_local_continuation = 1", url, url, dsn, local_continuation="1")
+
+
 def official(servers: Servers) -> Side:
     """Celery's own Postgres pair, as its documentation has it."""
     name, socket = "official", str(servers.postgres.socket_directory)
@@ -90,6 +97,7 @@ SIDES: Final[dict[str, Callable[[Servers], Side]]] = {
     "durable-pg": durable_pg,
     "one-postgres": one_postgres,
     "one-async": one_postgres_async,
+    "one-local": one_postgres_local,
     "official": official,
 }
 

@@ -18,7 +18,7 @@ from pgqrs_celery.store.recording import NewStep, Recorded
 from pgqrs_celery.store.recording import Outcome as Fate
 from pgqrs_celery.store.results import Outcome
 
-__all__ = ["Finish", "finish"]
+__all__ = ["Finish", "Taking", "finish", "go_on"]
 
 
 #: What follows, where nothing does.
@@ -66,12 +66,57 @@ def finish(
     row = session.quick_row("units.finish", params)
     assert row is not None
     status, accepted, recorded_at, quiet, closed = row
-    recorded = []
-    if following is not None:
-        fate = Fate.LOST if status is None else Fate.CANCELLED if status == b"CANCELLED" else Fate.SUPPRESS
-        moment = datetime.fromtimestamp(float(recorded_at or 0), UTC)
-        recorded = [Recorded(following.task_id, Fate.SEND if accepted == TRUE else fate, moment)]
+    recorded = _fate(following, status, accepted, recorded_at) if following is not None else []
     return Finish(status is not None, recorded, quiet == TRUE and closed is None)
+
+
+@dataclass(frozen=True, slots=True)
+class Taking:
+    """Under what the sender of a step takes it itself: a token of its own, its worker, and seconds."""
+
+    lease_token: UUID
+    worker_id: UUID
+    lease: float
+
+
+def go_on(
+    session: Session,
+    *,
+    app: str,
+    lease_token: UUID,
+    output: str,
+    outcome: Outcome,
+    following: NewStep,
+    taking: Taking,
+    own_message_id: UUID | None,
+) -> tuple[Finish, bool]:
+    """Commit a unit whose next step is taken by its sender, and tell who waits for its result.
+
+    Not inside a transaction. Also returns whether the step was taken; if not, but recorded, it is due for a relay.
+    """
+    params = {
+        **outcome.params(),
+        **_following(following),
+        "app": app,
+        "lease_token": lease_token,
+        "output": output,
+        "next_token": taking.lease_token,
+        "worker_id": taking.worker_id,
+        "lease": taking.lease,
+        "own_message_id": own_message_id,
+    }
+    row = session.quick_row("units.go_on", params)
+    assert row is not None
+    status, accepted, recorded_at, taken = row
+    return Finish(status is not None, _fate(following, status, accepted, recorded_at), False), taken == TRUE
+
+
+def _fate(
+    following: NewStep, status: bytes | None, accepted: bytes | None, recorded_at: bytes | None
+) -> list[Recorded]:
+    fate = Fate.LOST if status is None else Fate.CANCELLED if status == b"CANCELLED" else Fate.SUPPRESS
+    moment = datetime.fromtimestamp(float(recorded_at or 0), UTC)
+    return [Recorded(following.task_id, Fate.SEND if accepted == TRUE else fate, moment)]
 
 
 def _following(step: NewStep) -> dict[str, Any]:

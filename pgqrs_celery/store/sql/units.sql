@@ -7,3 +7,11 @@ CALL {schema}.pgqrs_finish_step(
   %(headers)s, %(properties)s, %(message_body)b::bytea,
   %(status)s, %(data)s::json, %(body)b::bytea, %(format)s, %(expires)s::float8,
   NULL, NULL, NULL, NULL, NULL);
+
+-- go_on: the same where the process that has finished the step takes the next one itself instead of sending it.
+CALL {schema}.pgqrs_go_on(
+  %(app)s, %(task_id)s, %(lease_token)s, %(output)s::json,
+  %(next_task)s, %(next_step)s, %(next_name)s, %(next_kind)s, %(next_generation)s::bigint, %(next_envelope)s::json,
+  %(next_queue)s, %(next_token)s::uuid, %(worker_id)s::uuid, %(lease)s::float8, %(own_message_id)s::uuid,
+  %(status)s, %(data)s::json, %(body)b::bytea, %(format)s, %(expires)s::float8,
+  NULL, NULL, NULL, NULL);
