@@ -3,49 +3,46 @@
 A message between two links costs more than the link: it is inserted, claimed, given to a process of the pool, answered
 and deleted, and its step is asked for. Where ``pgqrs_local_continuation`` allows it, the unit of work that ends a step
 takes the next one in the same transaction, for the same process, and Celery's tracer is called again. For the ledger
-nothing is new: a step that is RUNNING under a lease, which goes to a relay like any other when its process dies.
+nothing is new: a step that is RUNNING under a lease, and goes to a relay like any other when its process dies.
 
-The worker's main process hears nothing of such a link. So what lives there must not concern it: no time limit, no rate
-limit, no other queue, priority, expiry or ETA, and no task that was revoked. And a stretch ends after so many seconds:
-then the next link goes through the queue, behind what has been waiting there.
+The worker's main process hears of such a link on the ``board`` only. So what lives there must not concern it: no time
+limit, no rate limit, no other queue, priority, expiry or ETA; and nothing goes on while tasks are revoked or the worker
+stops (``permission``). A stretch ends after so many seconds: then the next link goes through the queue, behind what has
+been waiting there.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
+from billiard.process import current_process
+from celery import signals
 from celery.app.trace import trace_task
-from kombu.serialization import loads, prepare_accept_content
+from kombu.serialization import dumps, loads, prepare_accept_content
 
+from pgqrs_celery import reporting
+from pgqrs_celery.board import LONGEST, Place
 from pgqrs_celery.envelope import SENT, Content
+from pgqrs_celery.exceptions import StoreUnavailable
 from pgqrs_celery.execution import Execution
 from pgqrs_celery.guard import StepGuard, new_token
 from pgqrs_celery.outgoing import Outgoing
+from pgqrs_celery.session import Session
+from pgqrs_celery.store import runs, steps
 from pgqrs_celery.store.recording import NewStep, Recorded
 from pgqrs_celery.store.units import Taking
 
 __all__ = ["Candidate", "candidate", "going_on", "guard_of"]
 
+logger = logging.getLogger(__name__)
+
 #: Where a request that was not made of a message has its guard.
 GUARD: Final = "_pgqrs_guard"
-
-#: The exchanges by which a message gets to the queue its routing key names.
-DEFAULT: Final = ("", None)
-
-
-class Stretch(threading.local):
-    """What this thread is at since it was given a message."""
-
-    #: When it was given that; None outside of the tracer of a durable task.
-    since: float | None = None
-    following: Following | None = None
-
-
-_stretch = Stretch()
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +57,98 @@ class Following:
     def execute(self) -> None:
         """Let Celery's tracer execute the step."""
         content_type, encoding, data = self.content
-        app = self.task.app
+        app, task_id = self.task.app, self.guard.task_id
         accept = prepare_accept_content(app.conf.accept_content)
         args, kwargs, embed = loads(data, content_type, encoding, accept=accept)
         self.request.update(embed, args=args, kwargs=kwargs)
-        trace_task(self.task, self.guard.task_id, args, kwargs, self.request, app=app)
+        board = self.guard.ledger.board
+        if board is None or not board.reported or not self.task.send_events:
+            trace_task(self.task, task_id, args, kwargs, self.request, app=app)
+            return
+        with reporting.begun(app, self.request) as ended:
+            ended(trace_task(self.task, task_id, args, kwargs, self.request, app=app))
+
+    def give_up(self) -> None:
+        """This process ends in the step, or before it: it is tried again, as after any other death."""
+        guard, ledger = self.guard, self.guard.ledger
+
+        def work(session: Session) -> None:
+            assert ledger.worker_id is not None
+            steps.bereave(
+                session,
+                guard.task_id,
+                worker_id=ledger.worker_id,
+                max_lost=ledger.settings.max_lost,
+                poison=ledger.poison,
+                pid=guard.pid,
+            )
+            runs.notify(session, ledger.channel)
+
+        try:
+            ledger.call(work)
+        except StoreUnavailable as error:
+            logger.warning("%s is due when its lease ends: %s", guard, error)
+
+
+class Stretch(threading.local):
+    """What this thread is at since it was given a message."""
+
+    #: When it was given that; None outside of the tracer of a durable task.
+    since: float | None = None
+    #: What it is at, if that is not what it was given.
+    present: Following | None = None
+    #: What it takes next.
+    following: Following | None = None
+    #: Where it says so.
+    place: Place | None = None
+
+    def note(self, next_id: str = "") -> None:
+        """Say on the board what this thread is at, and what it is about to take."""
+        present = self.present
+        if self.place is not None:
+            self.place.write(present.guard.task_id if present else "", present.task.name if present else "", next_id)
+
+    def go_on(self) -> Following | None:
+        """Go on with what was taken, if anything was."""
+        self.present, self.following = self.following, None
+        self.note()
+        return self.present
+
+    def end(self) -> list[Following]:
+        """The thread is done with what it was given; returns what it has not finished of what followed."""
+        left = [following for following in (self.present, self.following) if following is not None]
+        self.since = self.present = self.following = None
+        self.note()
+        return left
+
+
+_stretch = Stretch()
+
+
+def going_on(tracer: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the tracer of a durable task such that it goes on with what follows from the task."""
+
+    def trace(uuid: str, args: Any, kwargs: Any, request: Any = None) -> Any:
+        if _stretch.since is not None:
+            return tracer(uuid, args, kwargs, request)
+        _stretch.since = time.monotonic()
+        try:
+            answer = tracer(uuid, args, kwargs, request)
+            while (following := _stretch.go_on()) is not None:
+                following.execute()
+            return answer
+        finally:
+            # Nothing, unless an exception ends this process or thread.
+            for left in _stretch.end():
+                left.give_up()
+
+    return trace
+
+
+def guard_of(request: Any) -> StepGuard | None:
+    """Return, once, the guard of a step that was taken before its request was made."""
+    guard: StepGuard | None = request.__dict__.pop(GUARD, None)
+    return guard
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,14 +160,27 @@ class Candidate:
     step: NewStep
     taking: Taking
     before: Execution
-    content: Content
     deadline: float
 
+    def announce(self) -> None:
+        """Say that the step may be ours from now on: nobody could tell whose it is if this process died then."""
+        _stretch.note(self.step.task_id)
+
     def take(self, recorded: Recorded) -> None:
-        """Note that the step is ours: it is executed when the tracer of the present one has ended."""
-        before = self.before.guard
-        guard = StepGuard.taken(before, self.step, self.taking, self.deadline, recorded.sent_at)
-        _stretch.following = Following(self.task, guard, self._request(guard, recorded), self.content)
+        """The step is ours: it is executed when the tracer of the present one has ended."""
+        guard = StepGuard.taken(self.before.guard, self.step, self.taking, self.deadline, recorded.sent_at)
+        _stretch.following = Following(self.task, guard, self._request(guard, recorded), self._content())
+
+    def leave(self) -> None:
+        """The step is not ours."""
+        _stretch.note()
+
+    def _content(self) -> Content:
+        message = self.message
+        serializer = message.options.get("serializer") or self.task.app.conf.task_serializer
+        if signals.before_task_publish.receivers:  # which may have changed the body
+            return dumps(message.body, serializer=serializer)
+        return message.content(serializer)
 
     def _request(self, guard: StepGuard, recorded: Recorded) -> dict[str, Any]:
         """Return the request as the worker's main process makes it of a message."""
@@ -102,46 +199,21 @@ class Candidate:
         }
 
 
-def going_on(tracer: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the tracer of a durable task such that it goes on with what follows from the task."""
-
-    def trace(uuid: str, args: Any, kwargs: Any, request: Any = None) -> Any:
-        if _stretch.since is not None:
-            return tracer(uuid, args, kwargs, request)
-        _stretch.since = time.monotonic()
-        try:
-            answer = tracer(uuid, args, kwargs, request)
-            while _stretch.following is not None:
-                following, _stretch.following = _stretch.following, None
-                following.execute()
-            return answer
-        finally:
-            _stretch.since = None
-
-    return trace
-
-
-def guard_of(request: Any) -> StepGuard | None:
-    """Return, once, the guard of a step that was taken before its request was made."""
-    guard: StepGuard | None = request.__dict__.pop(GUARD, None)
-    return guard
-
-
-def candidate(running: Execution, messages: list[Outgoing], rows: list[NewStep], app: Any) -> Candidate | None:
+def candidate(running: Execution, message: Outgoing, step: NewStep, app: Any) -> Candidate | None:
     """Return what this process can go on with when it has finished a step, or None."""
-    ledger = running.guard.ledger
-    limit = ledger.settings.local_continuation
-    if not limit or _stretch.since is None or len(messages) != 1 or ledger.worker_id is None:
+    ledger, now = running.guard.ledger, time.monotonic()
+    board, worker_id = ledger.board, ledger.worker_id
+    if board is None or worker_id is None or _stretch.since is None or not board.permitted:
         return None
-    message, step = messages[0], rows[0]
     task = app.tasks.get(message.name)
-    began = time.monotonic()
-    if began - _stretch.since >= limit or task is None or not _fits(task, message, step, running.request):
+    if now - _stretch.since >= ledger.settings.local_continuation or not _fits(task, message, step, running.request):
         return None
-    serializer = message.options.get("serializer") or app.conf.task_serializer
+    if _stretch.place is None:
+        _stretch.place = board.place(getattr(current_process(), "index", -1))
+        if _stretch.place is None:
+            return None
     lease = ledger.settings.lease
-    taking = Taking(new_token(), ledger.worker_id, lease)
-    return Candidate(task, message, step, taking, running, message.content(serializer), began + lease)
+    return Candidate(task, message, step, Taking(new_token(), worker_id, lease), running, now + lease)
 
 
 def _fits(task: Any, message: Outgoing, step: NewStep, request: Any) -> bool:
@@ -149,12 +221,13 @@ def _fits(task: Any, message: Outgoing, step: NewStep, request: Any) -> bool:
     options, headers, route = message.options, message.headers, request.delivery_info or {}
     queue = options.get("queue")
     return (
-        not message.held
+        task is not None
         and step.kind == "canvas"
+        and not message.held
+        and len(step.task_id.encode()) <= LONGEST
         and not (headers.get("expires") or headers.get("eta") or any(headers.get("timelimit") or ()))
         and not (task.time_limit or task.soft_time_limit or task.rate_limit)
-        and not options.get("exchange")
-        and route.get("exchange") in DEFAULT
+        and not (options.get("exchange") or route.get("exchange"))
         and getattr(queue, "name", queue) == route.get("routing_key")
         and (options.get("priority") or 0) == (route.get("priority") or 0)
     )

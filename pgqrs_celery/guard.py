@@ -148,6 +148,11 @@ class StepGuard:
         )
         return cls(before.ledger, step.task_id, taking.lease_token, deadline, row)
 
+    @property
+    def pid(self) -> int:
+        """The process that has the step."""
+        return self.lease_token.int & 0xFFFFFFFF
+
     def database_time(self) -> datetime:
         """Return the database's time as far as this process can know it: that of the acquire, plus what has passed."""
         elapsed = time.monotonic() - (self.deadline - self.ledger.settings.lease)

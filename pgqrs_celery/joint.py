@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 from uuid import UUID
 
-from celery import Celery
+from celery import Celery, signals
 
 from pgqrs_celery.backend import PostgresBackend
 from pgqrs_celery.continuation import Candidate, candidate
@@ -76,6 +76,8 @@ class Joint:
             return False
         deferred, running.deferred = running.deferred, Deferred()
         following = self._candidate(recorder, running, deferred, outcome)
+        if following is not None:
+            following.announce()
 
         def work(session: Session) -> Answer:
             if following is not None:
@@ -90,9 +92,11 @@ class Joint:
         if not answer.accepted and uncommitted is not None:
             running.lose()
             return False
-        if answer.taken and following is not None:
-            following.take(answer.recorded[0])
-            return False
+        if following is not None:
+            if answer.taken:
+                following.take(answer.recorded[0])
+                return False
+            following.leave()
         if answer.published and self.broker is not None:
             self.broker.wake(answer.published)
         if deferred.messages:
@@ -104,9 +108,15 @@ class Joint:
     def _candidate(
         self, recorder: Recorder, running: Execution, deferred: Deferred, outcome: Outcome
     ) -> Candidate | None:
-        if self.broker is None or running.uncommitted is None or outcome.part is not None:
+        """Return what this process may go on with itself."""
+        single = len(deferred.rows) == len(deferred.messages) == 1
+        if self.broker is None or running.uncommitted is None or outcome.part is not None or not single:
             return None
-        return candidate(running, deferred.messages, deferred.rows, recorder.app)
+        found = candidate(running, deferred.messages[0], deferred.rows[0], recorder.app)
+        if found is not None and (signals.before_task_publish.receivers or signals.after_task_publish.receivers):
+            # Whoever listens to what is sent has a say in it: in its headers, say. The message itself is not needed.
+            self._prepare(recorder, running, deferred, outcome)
+        return found
 
     def _prepare(
         self, recorder: Recorder, running: Execution, deferred: Deferred, outcome: Outcome
@@ -150,7 +160,13 @@ def _go_on(session: Session, joint: Joint, running: Execution, following: Candid
         taking=taking,
         own_message_id=_own_message(running),
     )
-    return Answer(unit.accepted, unit.recorded, [], False, False, taken)
+    if unit.accepted:
+        return Answer(True, unit.recorded, [], False, False, taken)
+    # The answer of an earlier commit may have been lost: then the step is finished, and the next taken, as we wanted.
+    ours = steps.finished_as(session, guard.task_id, "SUCCESS", guard.lease_token)
+    taken = ours and steps.finished_as(session, following.step.task_id, "RUNNING", taking.lease_token)
+    sent = Recorded(following.step.task_id, SENDING, guard.database_time())
+    return Answer(ours, [sent] if taken else unit.recorded, [], False, False, taken)
 
 
 def _write_unit(

@@ -16,6 +16,7 @@ from uuid import UUID
 
 from pgqrs_celery.exceptions import StoreError
 from pgqrs_celery.forks import NoFork
+from pgqrs_celery.holdings import Held
 from pgqrs_celery.ledger import Ledger
 from pgqrs_celery.store import leases, workers
 
@@ -65,7 +66,7 @@ class Keeper:
         worker_id = self.ledger.worker_id
         if worker_id is None:
             return
-        held = self.ledger.holdings.present()
+        held = self._held()
         if held:
             task_ids = {h.task_id for h in held}
             elsewhere = self.ledger.call(
@@ -73,6 +74,12 @@ class Keeper:
             )
             self._report(elsewhere & {h.task_id for h in held if h.accepted})
         self._sign(worker_id, idle=not held)
+
+    def _held(self) -> list[Held]:
+        """Return what this worker has: what it has received, and what its processes have gone on with."""
+        board = self.ledger.board
+        further = [task_id for entry in board.entries() for task_id in entry.task_ids] if board else []
+        return [*self.ledger.holdings.present(), *(Held(task_id, accepted=True) for task_id in further)]
 
     def _sign(self, worker_id: UUID, *, idle: bool) -> None:
         """Give a sign of life and say what has been received, three times in a lease; half as often when idle."""

@@ -11,6 +11,7 @@ from functools import cache
 from typing import Any, Protocol, TypeVar
 from uuid import UUID
 
+from pgqrs_celery.board import Board
 from pgqrs_celery.conf import Settings
 from pgqrs_celery.db import Database
 from pgqrs_celery.holdings import Holdings
@@ -49,6 +50,8 @@ class Ledger:
     channel: str
     #: Who executes: None outside a worker.
     incarnation: Incarnation | None = None
+    #: What the processes of this worker's pool go on with by themselves; None where they never do.
+    board: Board | None = None
     #: What this process has received (a worker's main process only).
     holdings: Holdings = field(default_factory=Holdings)
     _ready: threading.Event = field(default_factory=threading.Event)

@@ -17,6 +17,7 @@ from celery.worker import request as celery_request
 from celery.worker.state import task_ready
 
 from pgqrs_celery import ids
+from pgqrs_celery.board import Entry
 from pgqrs_celery.envelope import SENT, UNDOING
 from pgqrs_celery.exceptions import StoreUnavailable
 from pgqrs_celery.ledger import Ledger
@@ -64,8 +65,24 @@ class DurableRequest(Request):  # type: ignore[misc]
         return False if self.request_dict.get(UNDOING) else super().revoked()
 
     def terminate(self, pool: Any, signal: Any = None) -> Any:
-        """Kill the process that executes the task, unless it undoes what the task has done."""
-        return None if self.request_dict.get(UNDOING) else super().terminate(pool, signal)
+        """Kill the process that executes the task, unless it undoes what the task has done, or has gone on since."""
+        if self.request_dict.get(UNDOING) or self._gone_on() is not None:
+            return None
+        return super().terminate(pool, signal)
+
+    def info(self, safe: bool = False) -> dict[str, Any]:
+        """Return what remote control shows; of a process that has gone on by itself, what it is at."""
+        shown: dict[str, Any] = super().info(safe)
+        entry = self._gone_on()
+        if entry is not None:
+            shown.update(id=entry.task_id, name=entry.name, type=entry.name, args=[], kwargs={})
+            shown["gone_on_from"] = self.id
+        return shown
+
+    def _gone_on(self) -> Entry | None:
+        """Return what the process that was given this request is at by now, if that is something else."""
+        board = self._ledger.board
+        return board.entry(self.worker_pid) if board is not None and self.worker_pid else None
 
     def on_accepted(self, pid: int, time_accepted: float) -> None:
         """A process of the pool has begun the task."""

@@ -10,11 +10,13 @@ from typing import Any
 from celery import Celery, bootsteps
 from celery.worker import state
 
+from pgqrs_celery.board import Board
 from pgqrs_celery.exceptions import NotInstalled, SchemaOutdated, StoreError, StoreUnavailable
 from pgqrs_celery.forks import NoFork
 from pgqrs_celery.incarnation import Incarnation
 from pgqrs_celery.leases import Keeper
 from pgqrs_celery.ledger import Ledger
+from pgqrs_celery.permission import Permission
 from pgqrs_celery.presence import Presence
 from pgqrs_celery.relay import Relay
 from pgqrs_celery.store import migrations, runs, workers
@@ -105,8 +107,11 @@ class DurabilityStep(bootsteps.StartStopStep):
         self._presence: Presence | None = None
         self._pool_look: Any = None
         self._received: list[str] = []
-        # Made before the pool forks: parent and children share its page ...
-        ledger_of(parent.app).incarnation = Incarnation()
+        # Made before the pool forks: parent and children share their pages ...
+        ledger = ledger_of(parent.app)
+        ledger.incarnation = Incarnation()
+        ledger.board = Board() if ledger.settings.local_continuation and parent.app.pgqrs.shared_broker else None
+        self._permission: Permission | None = None
         # ... and found out before: a process that is replaced may be forked while the relay would be at it.
         parent.app.pgqrs.shared_broker  # noqa: B018
 
@@ -134,8 +139,22 @@ class DurabilityStep(bootsteps.StartStopStep):
         maintain_pool = getattr(getattr(parent.pool, "_pool", None), "maintain_pool", None)
         if self._pool_look is not None:
             self._pool_look.cancel()
-        if maintain_pool is not None:
-            self._pool_look = hub.call_repeatedly(POOL_LOOK, maintain_pool)
+        board = ledger_of(parent.app).board
+        if board is not None and self._permission is None:
+            self._permission = Permission(parent, ledger_of(parent.app), board)
+        permission = self._permission
+
+        def look() -> None:
+            if maintain_pool is not None:
+                maintain_pool()
+            if permission is not None:
+                permission.look()
+
+        if maintain_pool is not None or permission is not None:
+            self._pool_look = hub.call_repeatedly(POOL_LOOK, look)
+        if permission is not None:
+            permission.look()
+            hub.on_tick.add(permission.tick)
 
     def _verify(self, ledger: Ledger) -> None:
         """Return when the database answers and holds this version's schema; a worker without one must not start."""
@@ -158,6 +177,8 @@ class DurabilityStep(bootsteps.StartStopStep):
 
     def close(self, parent: Any) -> None:
         """Note what this worker has received, as long as its requests exist."""
+        if self._permission is not None:
+            self._permission.withdraw()
         self._received = [held.task_id for held in ledger_of(parent.app).holdings.present()]
 
     def stop(self, parent: Any) -> None:

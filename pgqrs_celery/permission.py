@@ -1,0 +1,98 @@
+"""Local continuation, as the worker's main process sees it: whether its processes may, and what dead ones had.
+
+What a process goes on with by itself cannot be revoked, held back or moved by this process. So nothing goes on while
+anything of that kind is wanted of the worker.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+from typing import Any
+
+from celery.worker import state
+
+from pgqrs_celery.board import Board, Entry
+from pgqrs_celery.durability import is_durable
+from pgqrs_celery.exceptions import StoreUnavailable
+from pgqrs_celery.ledger import Ledger
+from pgqrs_celery.session import Session
+from pgqrs_celery.store import runs, steps
+
+__all__ = ["Permission"]
+
+logger = logging.getLogger(__name__)
+
+
+class Permission:
+    """Looks after the board of one worker; used by its event loop only."""
+
+    def __init__(self, worker: Any, ledger: Ledger, board: Board) -> None:
+        self.worker = worker
+        self.ledger = ledger
+        self.board = board
+        self._calm = False
+        self._queues = set(worker.app.amqp.queues.consume_from)
+        self._limits = self._limits_now()
+
+    def tick(self) -> None:
+        """Say whether processes may go on: at every turn of the event loop."""
+        stopping = state.should_stop is not None or state.should_terminate is not None
+        self.board.permitted = self._calm and not (stopping or state.revoked or state.revoked_stamps)
+
+    def look(self) -> None:
+        """Look for what changes seldom, and for processes that have died."""
+        worker = self.worker
+        self._calm = (
+            not (worker.time_limit or worker.soft_time_limit or worker.max_tasks_per_child)
+            and self._queues <= set(worker.app.amqp.queues.consume_from)
+            and self._limits == self._limits_now()
+        )
+        dispatcher = getattr(worker.consumer, "event_dispatcher", None)
+        self.board.reported = dispatcher is not None and dispatcher.enabled
+        self.tick()
+        self._bereave()
+
+    def withdraw(self) -> None:
+        """Let nothing go on any more: the worker stops."""
+        self._calm = self.board.permitted = False
+
+    def _limits_now(self) -> dict[str, tuple[Any, ...]]:
+        """Return the limits of all durable tasks, which remote control can change."""
+        app = self.worker.app
+        return {
+            name: (task.rate_limit, task.time_limit, task.soft_time_limit)
+            for name, task in app.tasks.items()
+            if is_durable(app, name)
+        }
+
+    def _bereave(self) -> None:
+        """Make due what processes had gone on with that have died."""
+        pool = getattr(self.worker.pool, "_pool", None)
+        processes = getattr(pool, "_pool", None)
+        if processes is None:
+            return
+        alive = {process.pid for process in processes}
+        for entry in self.board.entries():
+            if entry.pid in alive:
+                continue
+            try:
+                self.ledger.call(partial(self._make_due, entry))
+            except StoreUnavailable as error:
+                logger.warning("what process %d had is due when its leases end: %s", entry.pid, error)
+            self.board.forget(entry.pid)
+
+    def _make_due(self, entry: Entry, session: Session) -> None:
+        ledger = self.ledger
+        assert ledger.worker_id is not None
+        for task_id in entry.task_ids:
+            steps.bereave(
+                session,
+                task_id,
+                worker_id=ledger.worker_id,
+                max_lost=ledger.settings.max_lost,
+                poison=ledger.poison,
+                pid=entry.pid,
+            )
+        runs.notify(session, ledger.channel)
+        logger.warning("process %d is gone; what it had gone on with is tried again: %s", entry.pid, entry.task_ids)
