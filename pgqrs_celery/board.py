@@ -128,19 +128,22 @@ class Board:
 
     def entries(self) -> list[Entry]:
         """Return what processes have gone on with; also what those had that have died, until ``forget``."""
-        shared = (self._read(offset) for offset in self._offsets())
-        taken = (Entry(pid, *map(_text, texts)) for pid, *texts in shared if pid)
-        return [*(entry for entry in taken if entry.task_ids), *self._threads.values()]
+        return [*self._shared(), *self._threads.values()]
 
     def entry(self, pid: int | None) -> Entry | None:
-        """Return what a process has gone on with."""
-        return next((entry for entry in self.entries() if entry.pid == pid and entry.task_id), None)
+        """Return what a process of the pool has gone on with."""
+        return next((entry for entry in self._shared() if entry.pid == pid and entry.task_id), None)
 
     def forget(self, pid: int) -> None:
         """Free the place of a process that has died."""
         for offset in self._offsets():
             if self._read(offset)[0] == pid:
                 PLACE.pack_into(self._page, offset, 0, b"", b"", b"")
+
+    def _shared(self) -> list[Entry]:
+        places = (self._read(offset) for offset in self._offsets())
+        taken = (Entry(pid, *map(_text, texts)) for pid, *texts in places if pid)
+        return [entry for entry in taken if entry.task_ids]
 
     def _read(self, offset: int) -> tuple[Any, ...]:
         return PLACE.unpack_from(self._page, offset)

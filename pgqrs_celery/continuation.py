@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 from billiard.process import current_process
 from celery import signals
@@ -40,9 +40,6 @@ from pgqrs_celery.store.units import Taking
 __all__ = ["Candidate", "candidate", "going_on", "guard_of"]
 
 logger = logging.getLogger(__name__)
-
-#: Where a request that was not made of a message has its guard.
-GUARD: Final = "_pgqrs_guard"
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,9 +143,9 @@ def going_on(tracer: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def guard_of(request: Any) -> StepGuard | None:
-    """Return, once, the guard of a step that was taken before its request was made."""
-    guard: StepGuard | None = request.__dict__.pop(GUARD, None)
-    return guard
+    """Return the guard of a step that was taken before its request was made."""
+    present = _stretch.present
+    return present.guard if present is not None and present.guard.task_id == request.id else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +166,7 @@ class Candidate:
     def take(self, recorded: Recorded) -> None:
         """The step is ours: it is executed when the tracer of the present one has ended."""
         guard = StepGuard.taken(self.before.guard, self.step, self.taking, self.deadline, recorded.sent_at)
-        _stretch.following = Following(self.task, guard, self._request(guard, recorded), self._content())
+        _stretch.following = Following(self.task, guard, self._request(recorded), self._content())
 
     def leave(self) -> None:
         """The step is not ours."""
@@ -182,7 +179,7 @@ class Candidate:
             return dumps(message.body, serializer=serializer)
         return message.content(serializer)
 
-    def _request(self, guard: StepGuard, recorded: Recorded) -> dict[str, Any]:
+    def _request(self, recorded: Recorded) -> dict[str, Any]:
         """Return the request as the worker's main process makes it of a message."""
         message, request = self.message, self.before.request
         properties = {**message.properties, "priority": message.options.get("priority") or 0}
@@ -195,7 +192,6 @@ class Candidate:
             "hostname": request.hostname,
             "delivery_info": {**request.delivery_info, "redelivered": False},
             "is_eager": False,
-            GUARD: guard,
         }
 
 
@@ -226,6 +222,7 @@ def _fits(task: Any, message: Outgoing, step: NewStep, request: Any) -> bool:
         and not message.held
         and len(step.task_id.encode()) <= LONGEST
         and not (headers.get("expires") or headers.get("eta") or any(headers.get("timelimit") or ()))
+        and not headers.get("stamped_headers")  # by which tasks are revoked
         and not (task.time_limit or task.soft_time_limit or task.rate_limit)
         and not (options.get("exchange") or route.get("exchange"))
         and getattr(queue, "name", queue) == route.get("routing_key")

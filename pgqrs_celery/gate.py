@@ -32,7 +32,7 @@ from pgqrs_celery.store import inner, runs, steps
 from pgqrs_celery.store.results import Outcome
 from pgqrs_celery.store.steps import BrokenHandOff
 
-__all__ = ["LedgerBackend", "error_text", "give_up_hand_off", "hand_off", "recorded_error", "tell_waiter"]
+__all__ = ["LedgerBackend", "error_text", "give_up_hand_off", "hand_off", "recorded_error", "revocation", "tell_waiter"]
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +45,11 @@ def error_text(backend: Any, exc: BaseException, traceback: Any = None) -> str:
     prepared = dict(backend.prepare_exception(exc, "json"))
     prepared["traceback"] = str(traceback) if traceback else "".join(tracebacks.format_exception(exc))
     return json.dumps(prepared, default=repr)
+
+
+def revocation(reason: str) -> str:
+    """Return the error of a revoked task as JSON text."""
+    return json.dumps({"exc_type": "TaskRevokedError", "exc_module": "celery.exceptions", "exc_message": [reason]})
 
 
 def recorded_error(backend: Any, text: str | None) -> BaseException:
@@ -332,7 +337,7 @@ class LedgerBackend:
         if getattr(request, "is_eager", False):
             self.wrapped.mark_as_revoked(task_id, reason, request, store_result, state)
             return
-        error = json.dumps({"exc_type": "TaskRevokedError", "exc_module": "celery.exceptions", "exc_message": [reason]})
+        error = revocation(reason)
         accepted = self._main_process(
             lambda session: steps.revoke(
                 session,

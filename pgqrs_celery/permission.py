@@ -31,31 +31,45 @@ class Permission:
         self.worker = worker
         self.ledger = ledger
         self.board = board
-        self._calm = False
+        #: Why nothing goes on, of what changes seldom.
+        self._hindrance: str | None = "the worker is starting"
+        self._said: str | None = self._hindrance
         self._queues = set(worker.app.amqp.queues.consume_from)
         self._limits = self._limits_now()
 
     def tick(self) -> None:
         """Say whether processes may go on: at every turn of the event loop."""
-        stopping = state.should_stop is not None or state.should_terminate is not None
-        self.board.permitted = self._calm and not (stopping or state.revoked or state.revoked_stamps)
+        reason = self._hindrance or passing_hindrance()
+        if reason == self._said:
+            return
+        self._said = reason
+        self.board.permitted = reason is None
+        logger.info("local continuation is %s", "on" if reason is None else f"off: {reason}")
 
     def look(self) -> None:
         """Look for what changes seldom, and for processes that have died."""
-        worker = self.worker
-        self._calm = (
-            not (worker.time_limit or worker.soft_time_limit or worker.max_tasks_per_child)
-            and self._queues <= set(worker.app.amqp.queues.consume_from)
-            and self._limits == self._limits_now()
-        )
-        dispatcher = getattr(worker.consumer, "event_dispatcher", None)
+        self._hindrance = self._seldom_hindrance()
+        dispatcher = getattr(self.worker.consumer, "event_dispatcher", None)
         self.board.reported = dispatcher is not None and dispatcher.enabled
         self.tick()
         self._bereave()
 
     def withdraw(self) -> None:
         """Let nothing go on any more: the worker stops."""
-        self._calm = self.board.permitted = False
+        self._hindrance = "the worker stops"
+        self.tick()
+
+    def _seldom_hindrance(self) -> str | None:
+        worker = self.worker
+        if worker.time_limit or worker.soft_time_limit:
+            return "the worker has a time limit"
+        if worker.max_tasks_per_child:
+            return "processes are replaced after some tasks"
+        if not self._queues <= set(worker.app.amqp.queues.consume_from):
+            return "a queue is not consumed from any more"
+        if self._limits != self._limits_now():
+            return "limits of a task were changed"
+        return None
 
     def _limits_now(self) -> dict[str, tuple[Any, ...]]:
         """Return the limits of all durable tasks, which remote control can change."""
@@ -96,3 +110,12 @@ class Permission:
             )
         runs.notify(session, ledger.channel)
         logger.warning("process %d is gone; what it had gone on with is tried again: %s", entry.pid, entry.task_ids)
+
+
+def passing_hindrance() -> str | None:
+    """Return why nothing goes on, of what may change at any moment."""
+    if state.should_stop is not None or state.should_terminate is not None:
+        return "the worker stops"
+    if state.revoked or state.revoked_stamps:
+        return "tasks are revoked"
+    return None

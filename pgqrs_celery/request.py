@@ -12,7 +12,7 @@ from datetime import datetime
 from typing import Any
 
 from billiard.einfo import ExceptionWithTraceback  # type: ignore[attr-defined]
-from billiard.exceptions import WorkerLostError
+from billiard.exceptions import Terminated, WorkerLostError
 from celery.worker import request as celery_request
 from celery.worker.state import task_ready
 
@@ -107,10 +107,18 @@ class DurableRequest(Request):  # type: ignore[misc]
         if isinstance(exc, ExceptionWithTraceback):
             exc = exc.exc
         announced = self._already_cancelled or self._already_revoked
+        if isinstance(exc, Terminated) and self._gone_on() is not None:
+            return self._finished()  # what was ended is what came after it
         gone = isinstance(exc, WorkerLostError | SystemExit | KeyboardInterrupt)
         if gone and not announced and self.task.is_recorded(self.request_dict):
             return self._bereaved(exc)
         return super().on_failure(exc_info, send_failed_event, return_ok)
+
+    def _finished(self) -> None:
+        """The task had been finished before its process ended."""
+        task_ready(self)
+        if self.task.acks_late:
+            self.acknowledge()
 
     def _bereaved(self, exc: BaseException) -> None:
         """Make the step due at once and acknowledge: the relay sends it again, the ledger counts the loss.

@@ -21,6 +21,7 @@ from pgqrs_celery.presence import Presence
 from pgqrs_celery.relay import Relay
 from pgqrs_celery.store import migrations, runs, workers
 from pgqrs_celery.task import ledger_of
+from pgqrs_celery.termination import Termination
 
 __all__ = ["DurabilityStep", "GiveBackStep"]
 
@@ -142,6 +143,7 @@ class DurabilityStep(bootsteps.StartStopStep):
         board = ledger_of(parent.app).board
         if board is not None and self._permission is None:
             self._permission = Permission(parent, ledger_of(parent.app), board)
+            Termination(parent, ledger_of(parent.app), board).install()
         permission = self._permission
 
         def look() -> None:

@@ -12,7 +12,7 @@ import pytest
 from pgqrs_celery import embedded
 from tests.support.fleet import Fleet
 from tests.support.rabbitmq import Address
-from tests.support.scenario import LONG_LEASE, Scenario
+from tests.support.scenario import LOCAL, LONG_LEASE, Scenario
 
 #: Everything on one Postgres is what tests use that do not care; others where the protocol is another there.
 BROKERS = ["postgres", "redis", pytest.param("rabbitmq", marks=pytest.mark.rabbitmq)]
@@ -69,6 +69,20 @@ def brief_redis_fleet(fleet_scenario: Callable[..., Scenario], redis_server: emb
 
 
 @pytest.fixture(scope="session")
+def local_fleet(fleet_scenario: Callable[..., Scenario]) -> Iterator[Fleet]:
+    """The like of `postgres_fleet`, whose processes go on with the next link themselves."""
+    with Fleet(fleet_scenario(**LONG_LEASE, **LOCAL)) as fleet:
+        yield fleet
+
+
+@pytest.fixture(scope="module")
+def brief_local_fleet(fleet_scenario: Callable[..., Scenario]) -> Iterator[Fleet]:
+    """The like of `local_fleet` for tests in which a lease has to end."""
+    with Fleet(fleet_scenario(**LOCAL)) as fleet:
+        yield fleet
+
+
+@pytest.fixture(scope="session")
 def rabbitmq_fleet(
     fleet_scenario: Callable[..., Scenario], redis_server: embedded.RedisServer, rabbitmq_server: Address
 ) -> Iterator[Fleet]:
@@ -103,5 +117,7 @@ def each_scenario(request: pytest.FixtureRequest, scenario: Scenario) -> Scenari
     """A scenario of the test's own on each broker."""
     if request.param == "postgres":
         return scenario
+    if request.param == "local":
+        return scenario.with_conf(**LOCAL)
     redis = request.getfixturevalue("redis_url")
     return scenario.using(redis if request.param == "redis" else request.getfixturevalue("rabbitmq_url"), redis)

@@ -15,6 +15,9 @@ HANDING_OFF = [
     ("brief_postgres", "recorded_before_publish", 3),  # on one Postgres that is in the middle of its transaction
     ("brief_postgres", "after_body_before_commit", 2),
     ("brief_postgres", "after_hand_off_before_ack", 2),
+    ("brief_local", "recorded_before_publish", 3),
+    ("brief_local", "after_body_before_commit", 2),
+    ("brief_local", "after_hand_off_before_ack", 2),
     ("brief_redis", "recorded_before_publish", 3),
     ("brief_redis", "after_next_link_before_result", 2),
     ("brief_redis", "after_result_before_hand_off", 2),
@@ -24,7 +27,7 @@ ENDS = {
     "fail": "the failure ValueError('the first execution fails') is not stored",
     "retry": "] ignored",
 }
-ROWS = [*(("brief_postgres", end) for end in ENDS), ("brief_redis", "succeed")]
+ROWS = [*((fleet, end) for fleet in ("brief_postgres", "brief_local") for end in ENDS), ("brief_redis", "succeed")]
 
 
 @pytest.mark.parametrize(("fleet", "end"), ROWS, indirect=["fleet"])

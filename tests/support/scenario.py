@@ -26,7 +26,7 @@ from tests.support.points import Points
 from tests.support.stops import Stops
 from tests.support.vocabulary import Vocabulary
 
-__all__ = ["LONG_LEASE", "Application", "Scenario"]
+__all__ = ["LOCAL", "LONG_LEASE", "Application", "Scenario"]
 
 #: The environment variable by which a worker process learns of its scenario.
 VARIABLE: Final = "PGQRS_TEST_SCENARIO"
@@ -44,6 +44,10 @@ QUICK: Final[Mapping[str, Any]] = {
 #: Where no lease has to end: what a body has noted must not be noted once more because the process that renews its
 #: lease did not get to run for a while.
 LONG_LEASE: Final[Mapping[str, Any]] = {"pgqrs_lease": 30.0}
+
+
+#: Processes go on with the next link themselves, as long as they can.
+LOCAL: Final[Mapping[str, Any]] = {"pgqrs_local_continuation": 30.0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +77,11 @@ class Scenario:
     def on_one_postgres(self) -> bool:
         """Whether broker, results and ledger are in one database."""
         return self.broker == self.backend == self.on_postgres(self.dsn, self.schema, self.directory).broker
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether processes go on with the next link themselves."""
+        return bool(self.conf.get("pgqrs_local_continuation"))
 
     def using(self, broker: str | None, backend: str | None) -> Scenario:
         """Return the scenario with another broker or backend, where given."""

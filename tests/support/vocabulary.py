@@ -81,6 +81,19 @@ class Vocabulary:
             """Take no arguments, which nobody finds out before the task is called."""
             begin(self)
 
+        @define(name="show")
+        def show(self: Any, *args: Any) -> dict[str, Any]:
+            """Return what it knows about its own request."""
+            begin(self)
+            request, route = self.request, self.request.delivery_info
+            names = ("id", "parent_id", "root_id", "correlation_id", "retries", "hostname")
+            return {
+                **{name: getattr(request, name) for name in names},
+                "redelivered": route["redelivered"],
+                "routing_key": route["routing_key"],
+            }
+
+        self.show = show
         self.step, self.late, self.slowly, self.limited, self.note = step, late, slowly, limited, note
         self.ship, self.ship_untyped = ship, ship_untyped
 
@@ -107,6 +120,15 @@ class Vocabulary:
             begin(self)
             os.kill(os.getpid(), signal.SIGKILL)
 
+        @define(name="quit")
+        def quit_(self: Any, value: list[str], label: str) -> list[str]:
+            """End the process that executes it, the first time."""
+            again = log.count(self.request.id) > 0
+            begin(self)
+            if not again:
+                raise SystemExit(1)
+            return [*value, label]
+
         class Deadly(DurableTask):
             abstract = True
 
@@ -118,4 +140,5 @@ class Vocabulary:
         def deadly_before_acquire(self: Any, *args: Any) -> None:
             """Kill the process that is handed it, every time, before it asks for the step."""
 
+        self.quit = quit_
         self.fail, self.fickle, self.deadly, self.deadly_before_acquire = fail, fickle, deadly, deadly_before_acquire

@@ -1,0 +1,80 @@
+"""Ending by force what a process has gone on with by itself: remote control's ``revoke`` and ``terminate``.
+
+Celery's own commands look for the task among the requests of the worker's main process, where such a step is not. So
+where local continuation is on they are followed by a look at the board.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from billiard.common import TERM_SIGNAME
+from celery.platforms import signals
+from celery.worker.control import Panel
+from kombu.utils.functional import maybe_list
+
+from pgqrs_celery.board import Board, Entry
+from pgqrs_celery.exceptions import StoreUnavailable
+from pgqrs_celery.gate import revocation
+from pgqrs_celery.ledger import Ledger
+from pgqrs_celery.session import Session
+from pgqrs_celery.store import runs, steps
+
+__all__ = ["Termination"]
+
+logger = logging.getLogger(__name__)
+
+
+class Termination:
+    """The commands of one worker."""
+
+    def __init__(self, worker: Any, ledger: Ledger, board: Board) -> None:
+        self.worker = worker
+        self.ledger = ledger
+        self.board = board
+
+    def install(self) -> None:
+        """Let Celery's commands be followed by ours; there is one worker in a process."""
+        commands: dict[str, Callable[..., Any]] = Panel.data
+        revoke, terminate = commands["revoke"], commands["terminate"]
+
+        def revoke_too(state: Any, task_id: Any, terminate: bool = False, signal: Any = None, **options: Any) -> Any:
+            answer = revoke(state, task_id, terminate=terminate, signal=signal, **options)
+            if terminate:
+                self.end(maybe_list(task_id) or (), signal)
+            return answer
+
+        def terminate_too(state: Any, signal: Any, task_id: Any, **options: Any) -> Any:
+            answer = terminate(state, signal, task_id, **options)
+            self.end(maybe_list(task_id) or (), signal)
+            return answer
+
+        commands.update(revoke=revoke_too, terminate=terminate_too)
+
+    def end(self, task_ids: Iterable[str], signal: Any) -> None:
+        """Cancel the steps among these that processes have gone on with, and end these processes."""
+        wanted = set(task_ids)
+        for entry in self.board.entries():
+            if entry.task_id in wanted and entry.pid != os.getpid():  # threads cannot be ended by force
+                self._end(entry, signals.signum(signal or TERM_SIGNAME))
+
+    def _end(self, entry: Entry, signum: int) -> None:
+        ledger, worker_id = self.ledger, self.ledger.worker_id
+
+        def cancel(session: Session) -> None:
+            # Due at once: a relay announces it to everybody who would have followed.
+            steps.revoke(
+                session, entry.task_id, error=revocation("terminated"), lease=0, generation=0, worker_id=worker_id
+            )
+            runs.notify(session, ledger.channel)
+
+        try:
+            ledger.call(cancel)
+        except StoreUnavailable as error:
+            logger.warning("task %s is not terminated, the ledger cannot be told: %s", entry.task_id, error)
+            return
+        logger.info("terminating task %s[%s], which process %d has gone on with", entry.name, entry.task_id, entry.pid)
+        self.worker.pool.terminate_job(entry.pid, signum)

@@ -1,0 +1,296 @@
+"""A process that goes on with the next link itself: what it may go on with, and who sees it."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from celery import chain
+from celery.exceptions import TaskRevokedError
+
+from pgqrs_celery import Status
+from pgqrs_celery.exceptions import PoisonedStep
+from tests.acceptance.test_leases import RENEWED
+from tests.support.events import collected_events
+from tests.support.fleet import PATIENCE, Fleet
+from tests.support.scenario import LOCAL, LONG_LEASE, Scenario
+from tests.support.vocabulary import named
+from tests.support.waiting import wait_for
+
+
+@pytest.fixture
+def fleet(local_fleet: Fleet) -> Fleet:
+    """Two workers whose processes go on, shared with other tests."""
+    local_fleet.fill()
+    return local_fleet
+
+
+@pytest.fixture
+def own_fleet(scenario: Scenario) -> Iterator[Fleet]:
+    """The same with one worker, which no test has told what it remembers."""
+    with Fleet(scenario.with_conf(**LOCAL, **LONG_LEASE), size=1) as fleet:
+        yield fleet
+
+
+def abc(fleet: Fleet) -> list[Any]:
+    """Return the links of a chain whose result is ``abc``."""
+    step = fleet.tasks.step
+    return [named(step.s([], "a")), named(step.s("b")), named(step.s("c"))]
+
+
+def sent(fleet: Fleet, *links: Any) -> list[int]:
+    """Return how many messages of each link there have been."""
+    return [fleet.scenario.stops.count("message", link.id) for link in links]
+
+
+def pids(fleet: Fleet, *links: Any) -> list[int]:
+    """Return who has executed the links, in their order."""
+    effects = fleet.scenario.log.read("body")
+    return [effect.pid for link in links for effect in effects if effect.task_id == link.id]
+
+
+def test_one_process_executes_a_chain_with_one_message(fleet: Fleet) -> None:
+    links = abc(fleet)
+    assert chain(*links).delay().get(timeout=PATIENCE) == ["a", "b", "c"]
+    run = fleet.ended(links[0].id)
+    assert run.status is Status.SUCCESS
+    assert [(s.status, s.attempt, s.lost) for s in run.steps()] == [("SUCCESS", 1, 0)] * 3
+    assert sent(fleet, *links) == [1, 0, 0]
+    assert len(set(pids(fleet, *links))) == 1
+    fleet.expect({link.id: 1 for link in links})
+
+
+def test_every_link_has_its_result_and_sees_its_own_request(fleet: Fleet) -> None:
+    app = fleet.application.celery
+    links = [named(app.tasks["step"].s([], "a")), *(named(app.tasks["show"].s()) for _ in range(2))]
+    shown = chain(*links).delay().get(timeout=PATIENCE)
+    before = app.AsyncResult(links[1].id).get(timeout=PATIENCE)
+    assert app.AsyncResult(links[0].id).get(timeout=PATIENCE) == ["a"]
+    for request, own, parent in ((before, links[1], links[0]), (shown, links[2], links[1])):
+        assert (request["id"], request["parent_id"], request["root_id"]) == (own.id, parent.id, links[0].id)
+        assert (request["correlation_id"], request["retries"], request["redelivered"]) == (own.id, 0, False)
+        assert request["routing_key"] == fleet.queue
+        assert request["hostname"] in [worker.hostname for worker in fleet.workers]
+    assert sent(fleet, *links) == [1, 0, 0]
+
+
+def test_a_stretch_that_has_lasted_long_enough_goes_through_the_queue(scenario: Scenario) -> None:
+    with Fleet(scenario.with_conf(**LONG_LEASE, pgqrs_local_continuation=0.000001), size=1) as fleet:
+        links = abc(fleet)
+        assert chain(*links).delay().get(timeout=PATIENCE) == ["a", "b", "c"]
+        fleet.ended(links[0].id)
+        assert sent(fleet, *links) == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("task", "options"),
+    [
+        ("slowly", {}),
+        ("limited", {}),
+        ("note", {"time_limit": 60}),
+        ("note", {"soft_time_limit": 60}),
+        ("note", {"expires": 3600}),
+        ("note", {"priority": 5}),
+        ("note", {"queue": "other"}),
+        ("note", {"countdown": 0.01}),
+    ],
+    ids=str,
+)
+def test_what_concerns_the_main_process_goes_through_the_queue(
+    own_fleet: Fleet, task: str, options: dict[str, Any]
+) -> None:
+    own_fleet.application.celery.control.add_consumer("other", reply=True)
+    first, second = named(own_fleet.tasks.note.s()), named(getattr(own_fleet.tasks, task).si())
+    chain(first, second.set(**options)).delay().get(timeout=PATIENCE)
+    own_fleet.ended(first.id)
+    assert sent(own_fleet, first, second) == [1, 1]
+
+
+@pytest.mark.parametrize("how", ["revoke", "rate_limit", "time_limit", "cancel_consumer"])
+def test_nothing_goes_on_while_remote_control_wants_something(own_fleet: Fleet, how: str) -> None:
+    control, links = own_fleet.application.celery.control, abc(own_fleet)
+    with own_fleet.scenario.points.arm("in_body", links[0].id) as trap:
+        result = chain(*links).delay()
+        trap.wait()
+        match how:
+            case "revoke":
+                control.revoke(links[2].id, reply=True)
+            case "rate_limit":
+                control.rate_limit("note", "1000/s", reply=True)
+            case "time_limit":
+                control.time_limit("note", hard=3600, reply=True)
+            case "cancel_consumer":
+                control.cancel_consumer(own_fleet.queue, reply=True)
+        wait_for(lambda: own_fleet.logged("local continuation is off"), PATIENCE, "the worker to take note")
+    if how == "cancel_consumer":
+        wait_for(lambda: sent(own_fleet, links[1]) == [1], PATIENCE, "the second link to be sent")
+        control.add_consumer(own_fleet.queue, reply=True)
+    if how == "revoke":
+        with pytest.raises(TaskRevokedError):
+            result.get(timeout=PATIENCE)
+    else:
+        assert result.get(timeout=PATIENCE) == ["a", "b", "c"]
+    own_fleet.ended(links[0].id)
+    assert sent(own_fleet, links[1]) == [1]
+    own_fleet.expect({links[0].id: 1, links[1].id: 1, links[2].id: how != "revoke"})
+
+
+@pytest.mark.parametrize("how", ["revoke", "terminate", "cancel"])
+def test_what_a_process_has_gone_on_with_can_be_ended_by_force(own_fleet: Fleet, how: str) -> None:
+    links, control = abc(own_fleet), own_fleet.application.celery.control
+    with own_fleet.scenario.points.arm("in_body", links[1].id) as trap:
+        result = chain(*links).delay()
+        pid = trap.wait()
+        run = own_fleet.run_of(links[0].id)
+        if how == "revoke":
+            control.revoke(links[1].id, terminate=True)
+        elif how == "terminate":
+            control.terminate(links[1].id)
+        else:
+            run.cancel(terminate=True)
+        wait_for(lambda: pid not in own_fleet.workers[0].children(), PATIENCE, "the process to end")
+        with pytest.raises(TaskRevokedError):
+            result.get(timeout=PATIENCE)
+    assert own_fleet.ended(links[0].id).status is Status.CANCELLED
+    assert {s.task_id: s.status for s in run.steps()} == {links[0].id: "SUCCESS", links[1].id: "CANCELLED"}
+    assert own_fleet.application.celery.AsyncResult(links[0].id).state == "SUCCESS"
+    own_fleet.expect({links[0].id: 1, links[1].id: 1, links[2].id: 0})
+
+
+def test_a_link_that_is_done_with_cannot_be_ended_by_force(own_fleet: Fleet) -> None:
+    links, app = abc(own_fleet), own_fleet.application.celery
+    with own_fleet.scenario.points.arm("in_body", links[1].id) as trap:
+        result = chain(*links).delay()
+        trap.wait()
+        app.control.revoke(links[0].id, terminate=True, reply=True)
+    assert result.get(timeout=PATIENCE) == ["a", "b", "c"]
+    assert app.AsyncResult(links[0].id).state == "SUCCESS"
+    own_fleet.expect({link.id: 1 for link in links})
+
+
+@pytest.mark.parametrize("how", ["pause", "cancel"])
+def test_a_run_that_is_paused_or_cancelled_does_not_go_on(fleet: Fleet, how: str) -> None:
+    links = abc(fleet)
+    with fleet.scenario.points.arm("in_body", links[0].id) as trap:
+        result = chain(*links).delay()
+        trap.wait()
+        run = fleet.run_of(links[0].id)
+        if how == "pause":
+            run.pause()
+        else:
+            run.cancel()
+    if how == "cancel":
+        with pytest.raises(TaskRevokedError):
+            result.get(timeout=PATIENCE)
+        assert fleet.ended(links[0].id).status is Status.CANCELLED
+        fleet.expect({links[0].id: 1, links[1].id: 0, links[2].id: 0})
+        return
+    wait_for(lambda: len(run.steps()) == 2, PATIENCE, "the next link to be recorded")
+    assert [s.status for s in run.steps()] != ["SUCCESS", "RUNNING"]
+    fleet.expect({links[1].id: 0})
+    run.unpause()
+    assert result.get(timeout=PATIENCE) == ["a", "b", "c"]
+    fleet.ended(links[0].id)
+    fleet.expect({link.id: 1 for link in links})
+
+
+def test_the_lease_of_what_a_process_has_gone_on_with_is_renewed(brief_local_fleet: Fleet) -> None:
+    fleet = brief_local_fleet
+    fleet.fill()
+    links, scenario = abc(fleet), fleet.scenario
+    with scenario.points.arm("in_body", links[1].id) as trap:
+        result = chain(*links).delay()
+        trap.wait()
+        # The lease is three seconds: three later it must have been renewed twice.
+        then = datetime.now(UTC) - timedelta(seconds=11 - 6)
+        wait_for(lambda: scenario.execute(RENEWED, links[1].id, then), PATIENCE, "the lease to be renewed")
+    assert result.get(timeout=PATIENCE) == ["a", "b", "c"]
+    assert [(s.attempt, s.lost) for s in fleet.ended(links[0].id).steps()] == [(1, 0)] * 3
+    fleet.expect({link.id: 1 for link in links})
+
+
+def test_inspection_shows_what_a_process_is_at(fleet: Fleet) -> None:
+    links = abc(fleet)
+    with fleet.scenario.points.arm("in_body", links[1].id) as trap:
+        result = chain(*links).delay()
+        worker = fleet.owner(trap.wait())
+        inspect = fleet.application.celery.control.inspect([worker.hostname], timeout=PATIENCE, limit=1)
+        (shown,) = inspect.active()[worker.hostname]
+        assert (shown["id"], shown["name"], shown["gone_on_from"]) == (links[1].id, "step", links[0].id)
+    assert result.get(timeout=PATIENCE) == ["a", "b", "c"]
+
+
+def test_task_events_tell_of_every_link(scenario: Scenario) -> None:
+    with Fleet(scenario.with_conf(**LOCAL, **LONG_LEASE), size=1, options={"arguments": ["-E"]}) as fleet:
+        links = [*abc(fleet)[:2], named(fleet.tasks.fickle.s("c", first="retry"))]
+        failing = [named(fleet.tasks.step.s([], "a")), named(fleet.tasks.fail.s())]
+        with collected_events(fleet.application.celery) as events:
+            assert chain(*links).delay().get(timeout=PATIENCE) == ["a", "b", "c"]
+            with pytest.raises(ValueError, match="as the test asked for"):
+                chain(*failing).delay().get(timeout=PATIENCE)
+            begun = ["task-received", "task-started"]
+            expected = {
+                **{link.id: [*begun, "task-succeeded"] for link in [*links[:2], failing[0]]},
+                links[2].id: [*begun, "task-retried", *begun, "task-succeeded"],
+                failing[1].id: [*begun, "task-failed"],
+            }
+            wait_for(lambda: events.by_task(expected) == expected, PATIENCE, "all events")
+        assert {event["hostname"] for event in events.of(links[1].id)} == {fleet.workers[0].hostname}
+        assert sent(fleet, *links[:2], *failing) == [1, 0, 1, 0]
+
+
+def test_a_link_that_ends_its_process_is_tried_again(fleet: Fleet) -> None:
+    tasks = fleet.tasks
+    links = [named(tasks.step.s([], "a")), named(tasks.quit.s("b")), named(tasks.step.s("c"))]
+    assert chain(*links).delay().get(timeout=PATIENCE) == ["a", "b", "c"]
+    steps = {s.task_id: (s.status, s.attempt, s.lost) for s in fleet.ended(links[0].id).steps()}
+    assert steps[links[1].id] == ("SUCCESS", 2, 1)
+    fleet.expect({links[0].id: 1, links[1].id: 2, links[2].id: 1})
+
+
+def test_a_link_that_kills_its_process_every_time_is_given_up(scenario: Scenario) -> None:
+    with Fleet(scenario.with_conf(**LOCAL, **LONG_LEASE, pgqrs_max_lost=3), size=1) as fleet:
+        first, deadly, last = named(fleet.tasks.note.s()), named(fleet.tasks.deadly.s()), named(fleet.tasks.note.s())
+        result = chain(first, deadly, last).delay()
+        with pytest.raises(PoisonedStep, match="killed its worker 3 times"):
+            result.get(timeout=PATIENCE)
+        assert fleet.ended(first.id).status is Status.FAILED
+        fleet.expect({first.id: 1, deadly.id: 3, last.id: 0})
+
+
+@pytest.mark.parametrize("first", ["fail", "retry"])
+def test_a_link_that_fails_or_is_retried_goes_on_after_that(fleet: Fleet, first: str) -> None:
+    tasks = fleet.tasks
+    links = [named(tasks.step.s([], "a")), named(tasks.fickle.s("b", first=first)), named(tasks.step.s("c"))]
+    result = chain(*links).delay()
+    if first == "fail":
+        with pytest.raises(ValueError, match="the first execution fails"):
+            result.get(timeout=PATIENCE)
+        run = fleet.ended(links[0].id)
+        assert run.status is Status.FAILED
+        run.resume()
+        assert run.get(timeout=PATIENCE) == ["a", "b", "c"]
+    else:
+        assert result.get(timeout=PATIENCE) == ["a", "b", "c"]
+    assert fleet.ended(links[0].id).status is Status.SUCCESS
+    fleet.expect({links[0].id: 1, links[1].id: 2, links[2].id: 1})
+
+
+def test_a_worker_that_stops_warmly_leaves_the_next_link_to_others(scenario: Scenario) -> None:
+    with Fleet(scenario.with_conf(**LOCAL, **LONG_LEASE)) as fleet:
+        links = abc(fleet)
+        with fleet.scenario.points.arm("in_body", links[0].id) as trap:
+            result = chain(*links).delay()
+            leaving = fleet.owner(trap.wait())
+            leaving.signal(signal.SIGTERM)
+            wait_for(lambda: "Warm shutdown" in leaving.output(), PATIENCE, "the worker to stop")
+        assert leaving.wait_exit() == 0
+        assert result.get(timeout=PATIENCE) == ["a", "b", "c"]
+        first, second, third = pids(fleet, *links)
+        assert first != second == third
+        fleet.ended(links[0].id)
+        assert sent(fleet, *links) == [1, 1, 0]
+        fleet.expect({link.id: 1 for link in links})

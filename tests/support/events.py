@@ -1,0 +1,54 @@
+"""What Celery's workers tell whoever listens to their events."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from celery import Celery
+
+from tests.support.waiting import wait_for
+
+__all__ = ["Events", "collected_events"]
+
+
+@dataclass(slots=True)
+class Events:
+    """The events that have come, in their order."""
+
+    seen: list[dict[str, Any]] = field(default_factory=list)
+
+    def of(self, task_id: str) -> list[dict[str, Any]]:
+        """Return the events about a task."""
+        return [event for event in list(self.seen) if event.get("uuid") == task_id]
+
+    def by_task(self, task_ids: Iterable[str]) -> dict[str, list[str]]:
+        """Return the types of the events about each of some tasks."""
+        return {task_id: [event["type"] for event in self.of(task_id)] for task_id in task_ids}
+
+
+@contextmanager
+def collected_events(app: Celery) -> Iterator[Events]:
+    """Collect events until the block ends; it begins when the first one, of whatever kind, has come."""
+    events, done = Events(), threading.Event()
+
+    def listen() -> None:
+        with app.connection_for_read() as connection:
+            receiver = app.events.Receiver(connection, handlers={"*": events.seen.append})
+            while not done.is_set():
+                try:
+                    receiver.capture(limit=None, timeout=0.5, wakeup=False)
+                except TimeoutError:
+                    continue
+
+    thread = threading.Thread(target=listen)
+    thread.start()
+    try:
+        wait_for(lambda: events.seen, 60, "an event")
+        yield events
+    finally:
+        done.set()
+        thread.join()
