@@ -23,6 +23,7 @@ from pgqrs_celery import embedded
 from pgqrs_celery.conf import DSN_VARIABLE
 from pgqrs_celery.embedded.locks import FileLock
 from tests.support.pgbouncer import find_pgbouncer, pgbouncer_for
+from tests.support.proxy import Proxy
 from tests.support.rabbitmq import Address, find_rabbitmq, shared_rabbitmq, wait_until_gone
 
 #: Set in CI: a broker that is missing fails the tests that need it.
@@ -87,6 +88,15 @@ def postgres_server() -> Iterator[embedded.PostgresServer]:
 def database_dsn(postgres_server: embedded.PostgresServer) -> str:
     """The DSN of the database all tests share; keep to a schema of your own."""
     return postgres_server.start().dsn()
+
+
+@pytest.fixture
+def proxy(postgres_server: embedded.PostgresServer) -> Iterator[Proxy]:
+    """A proxy in front of the session's Postgres."""
+    directory = embedded.new_directory("pgqrs-proxy-")
+    proxy = Proxy(directory, postgres_server.socket_directory / ".s.PGSQL.5432")
+    yield proxy
+    proxy.close()
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from pgqrs_celery.exceptions import PoisonedStep
 from tests.acceptance.test_leases import RENEWED
 from tests.support.events import collected_events
 from tests.support.fleet import PATIENCE, Fleet
+from tests.support.proxy import Proxy
 from tests.support.scenario import LOCAL, LONG_LEASE, Scenario
 from tests.support.vocabulary import named
 from tests.support.waiting import wait_for
@@ -83,6 +85,24 @@ def test_a_stretch_that_has_lasted_long_enough_goes_through_the_queue(scenario: 
         assert chain(*links).delay().get(timeout=PATIENCE) == ["a", "b", "c"]
         fleet.ended(links[0].id)
         assert sent(fleet, *links) == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("pool", "messages"),
+    [
+        ("threads", [1, 0, 0]),
+        ("solo", [1, 0, 0]),
+        # These have no event loop of Celery's, and so nobody who could forbid it.
+        pytest.param("gevent", [1, 1, 1], marks=pytest.mark.skipif(not find_spec("gevent"), reason="no gevent")),
+    ],
+)
+def test_threads_go_on_like_processes(scenario: Scenario, pool: str, messages: list[int]) -> None:
+    options = {"pool": pool, "concurrency": 1}
+    with Fleet(scenario.with_conf(**LOCAL, **LONG_LEASE), size=1, options=options) as fleet:
+        links = abc(fleet)
+        assert chain(*links).delay().get(timeout=PATIENCE) == ["a", "b", "c"]
+        fleet.ended(links[0].id)
+        assert sent(fleet, *links) == messages
 
 
 @pytest.mark.parametrize(
@@ -293,4 +313,19 @@ def test_a_worker_that_stops_warmly_leaves_the_next_link_to_others(scenario: Sce
         assert first != second == third
         fleet.ended(links[0].id)
         assert sent(fleet, *links) == [1, 1, 0]
+        fleet.expect({link.id: 1 for link in links})
+
+
+def test_a_link_whose_taking_was_answered_too_late_is_executed_once(scenario: Scenario, proxy: Proxy) -> None:
+    behind = scenario.elsewhere(f"postgresql://postgres@/postgres?host={proxy.directory}")
+    with Fleet(behind.with_conf(**LOCAL, **LONG_LEASE), size=1) as fleet:
+        links = abc(fleet)
+        with fleet.scenario.points.arm("in_body", links[0].id) as trap:
+            result = chain(*links).delay()
+            trap.wait()
+            proxy.lose_answer_to(links[1].id.encode())
+        assert result.get(timeout=PATIENCE) == ["a", "b", "c"]
+        assert proxy.lost == 1
+        assert [(s.status, s.attempt) for s in fleet.ended(links[0].id).steps()] == [("SUCCESS", 1)] * 3
+        assert sent(fleet, *links) == [1, 0, 0]
         fleet.expect({link.id: 1 for link in links})

@@ -7,7 +7,6 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any
 
 import kombu
@@ -18,7 +17,7 @@ from celery import Celery
 from kombu.exceptions import ChannelError
 from sqlalchemy.orm import Session as OrmSession
 
-from pgqrs_celery import embedded, outbox
+from pgqrs_celery import outbox
 from pgqrs_celery.db import Database
 from pgqrs_celery.exceptions import ConfigurationError
 from pgqrs_celery.transactions import in_transaction
@@ -181,15 +180,6 @@ def test_kombu_s_own_batch_is_one_statement(connection: kombu.Connection, rows: 
         assert rows() == []
     assert len({row[0] for row in rows("xmin::text")}) == 1
     assert len(rows()) == 10
-
-
-@pytest.fixture
-def proxy(tmp_path: Path, postgres_server: embedded.PostgresServer) -> Iterator[Proxy]:
-    """A proxy in front of the session's Postgres."""
-    directory = embedded.new_directory("pgqrs-proxy-")
-    proxy = Proxy(directory, postgres_server.socket_directory / ".s.PGSQL.5432")
-    yield proxy
-    proxy.close()
 
 
 def test_a_publish_retried_after_a_lost_answer_is_no_duplicate(

@@ -26,8 +26,10 @@ from hypothesis.stateful import (
 )
 
 from pgqrs_celery.db import Database
-from pgqrs_celery.store import leases, recording, runs, steps
+from pgqrs_celery.store import leases, recording, runs, steps, units
 from pgqrs_celery.store.recording import Finished
+from pgqrs_celery.store.results import Outcome
+from pgqrs_celery.store.units import Taking
 from tests.support.ledger import LEASE, Ledger
 from tests.support.model import OPEN_RUN, Model
 
@@ -184,6 +186,7 @@ class LedgerMachine(RuleBasedStateMachine):
         if len(FOLLOWERS[owner.step]) == 1:
             (step,) = FOLLOWERS[owner.step]
             yield 2, f"succeeds with {step} and hands off", partial(self.succeed_with, owner, step, True, hand_off=True)
+            yield 20, f"succeeds and goes on with {step}", partial(self.go_on, owner, step)
         yield 2, "fails", partial(self.fail, owner)
         for delay in (None, 5.0, 60.0):
             yield 1, f"retries after {delay}", partial(self.retry, owner, delay)
@@ -261,6 +264,9 @@ class LedgerMachine(RuleBasedStateMachine):
         if got.verdict == "EXECUTE":
             assert before in ("QUEUED", "RUNNING"), f"{message} was {before} and is executed"
             assert "SUCCESS" not in self.world.commits[message.step], f"{message} was committed and is executed"
+            if got.touch:
+                runs.touch(self.ledger.session, self.workflow_id)
+                self.model.begin()
             self.world.owners.append(Owner(message.step, message.generation, token, worker))
         elif got.verdict in ("REPLAY", "POISONED"):
             said = self.model.steps[message.step].status
@@ -304,6 +310,29 @@ class LedgerMachine(RuleBasedStateMachine):
         """One statement for the success and a step that follows."""
         if self.record(owner, step, publish=publish, finished=owner.step, hand_off=hand_off) != "LOST":
             self.commit(owner, "SUCCESS")
+
+    def go_on(self, owner: Owner, step: str) -> None:
+        """Whoever ends a step takes the next one himself."""
+        taking = Taking(self.token(), owner.worker, LEASE)
+        done, taken = units.go_on(
+            self.ledger.session,
+            app=self.ledger.app,
+            lease_token=owner.token,
+            output="1",
+            outcome=Outcome(self.id(owner.step), "SUCCESS"),
+            following=self.ledger.step(self.id(step)),
+            taking=taking,
+            own_message_id=None,
+        )
+        expected = self.model.go_on(owner.step, step, owner.token, taking.lease_token, taking.worker_id)
+        answer = "TAKEN" if taken else str(done.recorded[0].outcome)
+        note(f"  {answer}")
+        assert answer == expected, f"go on with {step}: {answer}, not {expected}"
+        if done.accepted:
+            self.commit(owner, "SUCCESS")
+        if taken:
+            assert not self.world.commits[step], f"{step} was committed and is taken"
+            self.world.owners.append(Owner(step, 0, taking.lease_token, taking.worker_id))
 
     def fail(self, owner: Owner) -> None:
         accepted = self.ledger.fail(self.id(owner.step), owner.token)

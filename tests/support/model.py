@@ -97,6 +97,31 @@ class Model:
             return "SEND"
         return "SUPPRESS"
 
+    def go_on(self, finished: str, task_id: str, token: UUID, taken_as: UUID, worker: UUID) -> str:
+        """A success with what follows from it, which its owner takes himself; TAKEN where that is so."""
+        if not self._finish(finished, token, True):
+            return "LOST"
+        if self.status == "CANCELLED":
+            return "CANCELLED"
+        s = self.steps.get(task_id)
+        if s is not None:
+            if s.status != "QUEUED" or s.generation or s.has_message or s.due is not None:
+                return "SUPPRESS"
+            s.queue(self.now, sent=False, looks=0, has_message=True)
+            return "SEND"
+        if self.status != "RUNNING" or self.paused:
+            self.steps[task_id] = Step(due=self.now)
+            return "SEND"
+        self.steps[task_id] = Step(
+            "RUNNING", attempt=1, fence=1, token=taken_as, worker=worker, due=self.now + LEASE, sent=True
+        )
+        return "TAKEN"
+
+    def begin(self) -> None:
+        """A step of the run has begun."""
+        if self.status == "QUEUED":
+            self.status = "RUNNING"
+
     def _finish(self, task_id: str, token: UUID | None, hand_off: bool) -> bool:
         s = self.steps[task_id]
         if token is None or not s.owned(token) or s.status not in ("RUNNING", "QUEUED"):
