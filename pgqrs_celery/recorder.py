@@ -24,7 +24,7 @@ from pgqrs_celery.mixture import await_links, refuse
 from pgqrs_celery.outgoing import Outgoing
 from pgqrs_celery.posting import Poster
 from pgqrs_celery.session import Session
-from pgqrs_celery.store import chords, clock, recording, runs, steps
+from pgqrs_celery.store import chords, clock, recording, runs, steps, units
 from pgqrs_celery.store import messages as sent
 from pgqrs_celery.store.chords import Chord
 from pgqrs_celery.store.messages import NewMessage, Published
@@ -210,6 +210,8 @@ class Recorder:
         replaced_by = running.replaced_by if running is not None else None
 
         headers, broker = self.chords_of(_groups(durable)), self.shared_broker()
+        if broker is not None and running is None and not headers and self._start(ledger, broker, prepared):
+            return
         published: list[Published] = []
 
         def work(session: Session) -> dict[str, Recorded]:
@@ -235,6 +237,28 @@ class Recorder:
             self._announce_refused(durable, recorded)
         else:
             self._send(ledger, durable, recorded)
+
+    def _start(self, ledger: Ledger, broker: Broker, prepared: list[tuple[str, list[Outgoing], list[NewStep]]]) -> bool:
+        """Start a run with a single message in one round trip; False where it has more, or exists."""
+        spec = starting.get()
+        root_id, batch, rows = prepared[0]
+        message = batch[0]
+        keyed = spec is not None and spec.workflow_key is not None
+        if len(prepared) > 1 or len(batch) > 1 or message.held or keyed:
+            return False
+        message.producer, message.headers[SENT] = self.own_producer(), units.NOW
+        (sent,) = self._rows(batch)
+        if sent.exchange or sent.visible_at is not None:
+            return False
+        run, near = self.drafter.new_run(ledger, root_id, batch, spec), broker.near(sent.routing_key)
+        workflow_id = ledger.call(lambda session: units.start(session, run, rows[0], sent, wake=near is None))
+        if workflow_id is None:
+            return False
+        if near is not None:
+            near.ring(news=True)
+        if spec is not None:
+            spec.workflow_id = workflow_id
+        return True
 
     def _record_all(
         self,

@@ -1,4 +1,4 @@
-"""The unit of work in its common form: one step, at most one message that follows, one round trip.
+"""The units of work in their common form: one step, at most one message, one round trip.
 
 Everything hangs on the step's lease token; where that is not accepted nothing is written but the end of the step's own
 message, whose work somebody else does. Chord members, several messages, and messages that need the broker's bindings
@@ -13,13 +13,17 @@ from typing import Any, Final
 from uuid import UUID
 
 from pgqrs_celery.session import TRUE, Session
-from pgqrs_celery.store.messages import NewMessage
+from pgqrs_celery.store.messages import LONGEST_LOOK, NewMessage
 from pgqrs_celery.store.recording import NewStep, Recorded
 from pgqrs_celery.store.recording import Outcome as Fate
 from pgqrs_celery.store.results import Outcome
+from pgqrs_celery.store.runs import NewRun
 
-__all__ = ["Finish", "Taking", "finish", "go_on"]
+__all__ = ["NOW", "Finish", "Taking", "finish", "go_on", "start"]
 
+
+#: In a message's headers: the time of recording, which the database knows.
+NOW: Final = "@now"
 
 #: What follows, where nothing does.
 NOTHING: Final[dict[str, Any]] = dict.fromkeys(
@@ -109,6 +113,25 @@ def go_on(
     assert row is not None
     status, accepted, recorded_at, taken = row
     return Finish(status is not None, _fate(following, status, accepted, recorded_at), False), taken == TRUE
+
+
+def start(session: Session, run: NewRun, step: NewStep, message: NewMessage, *, wake: bool) -> int | None:
+    """Enter a new run with its first step, send that step's message, and return the run; None where it exists.
+
+    A header whose value is ``NOW`` becomes the time of recording. With ``wake``, a consumer that sleeps is handed the
+    message, or told. Not inside a transaction. Raises ``StoreError`` where the step's task id belongs to another run.
+    """
+    assert run.workflow_key is None
+    params = {
+        **run.params(),
+        **_following(step),
+        **_message(message),
+        "wake": wake,
+        "look_interval": LONGEST_LOOK,
+    }
+    row = session.quick_row("units.start", params)
+    assert row is not None
+    return None if row[0] is None else int(row[0])
 
 
 def _fate(

@@ -113,7 +113,7 @@ class Broker:
             self.wake(self.call(lambda session: messages.publish(session, new)))
             return
         (one,) = new
-        near = self._near(one.routing_key) if one.visible_at is None else None
+        near = self.near(one.routing_key) if one.visible_at is None else None
         self.call(lambda session: messages.post(session, one, wake=near is None))
         if near is not None:
             near.ring(news=True)
@@ -122,7 +122,7 @@ class Broker:
         """After a publication's commit, wake whoever is needed: this worker itself, or others through the database."""
         remote = []
         for entry in published:
-            near = self._near(entry.queue)
+            near = self.near(entry.queue)
             if near is not None and not entry.volatile and entry.due_in is None:
                 near.ring(news=True)
             else:
@@ -130,7 +130,7 @@ class Broker:
         if remote:
             self.call(lambda session: consumers.wake(session, remote))
 
-    def _near(self, queue: str) -> bell.Bell | None:
+    def near(self, queue: str) -> bell.Bell | None:
         """Return the bell of a consumer of the queue in this process or its parent."""
         address = (self.address(queue),)
         return next((b for b in (bell.inherited(), bell.own()) if b is not None and b.hears(address)), None)
