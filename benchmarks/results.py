@@ -2,10 +2,10 @@
 
     python -m benchmarks.results [--rounds 3] [--chord 1000] [--only ours redis db]
 
-The same broker (an embedded Redis) and the same worker settings for all; only ``one`` has our broker beside our backend,
-on one Postgres. The candidates take turns, round by round, because a machine is never equally fast for long. A latency
-is the median over all rounds. Statements and connections are counted afterwards, untimed, from the log of a Postgres
-that logs each of them.
+The same broker (an embedded Redis) and the same worker settings for all; only ``one`` has our broker beside our
+backend, on one Postgres. The candidates take turns, round by round, because a machine is never equally fast for long. A
+latency is the median over all rounds. Statements and connections are counted afterwards, untimed, from the log of a
+Postgres that logs each of them.
 
 Celery's database backend polls. ``db`` is what its users get, with Celery's default interval of half a second; ``db10``
 asks every 10 ms, which costs it a connection each time.

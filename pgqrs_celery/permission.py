@@ -48,6 +48,7 @@ class Permission:
 
     def look(self) -> None:
         """Look for what changes seldom, and for processes that have died."""
+        state.revoked.purge()  # else it is when the next task is revoked that the oldest are forgotten
         self._hindrance = self._seldom_hindrance()
         dispatcher = getattr(self.worker.consumer, "event_dispatcher", None)
         self.board.reported = dispatcher is not None and dispatcher.enabled

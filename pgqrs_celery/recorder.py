@@ -246,12 +246,14 @@ class Recorder:
         keyed = spec is not None and spec.workflow_key is not None
         if len(prepared) > 1 or len(batch) > 1 or message.held or keyed:
             return False
-        message.producer, message.headers[SENT] = self.own_producer(), units.NOW
+        message.producer = self.own_producer()
         (sent,) = self._rows(batch)
         if sent.exchange or sent.visible_at is not None:
             return False
         run, near = self.drafter.new_run(ledger, root_id, batch, spec), broker.near(sent.routing_key)
-        workflow_id = ledger.call(lambda session: units.start(session, run, rows[0], sent, wake=near is None))
+        workflow_id = ledger.call(
+            lambda session: units.start(session, run, rows[0], sent, sent_header=SENT, wake=near is None)
+        )
         if workflow_id is None:
             return False
         if near is not None:

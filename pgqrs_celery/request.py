@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import weakref
+from contextlib import suppress
 from datetime import datetime
 from typing import Any
 
@@ -41,9 +42,8 @@ class DurableRequest(Request):  # type: ignore[misc]
         holdings, key = self._ledger.holdings, id(self)
         holdings.enter(key, self.id)
         weakref.finalize(self, holdings.leave, key)
-        sent = self.request_dict.get(SENT)
-        if sent:
-            holdings.received(route(self.delivery_info), datetime.fromisoformat(sent))
+        with suppress(TypeError, ValueError):  # there is none, or somebody has made one up
+            holdings.received(route(self.delivery_info), datetime.fromisoformat(self.request_dict.get(SENT)))
 
     def __init_subclass__(cls, **options: Any) -> None:
         """Celery makes a subclass per task with an ``on_success`` of its own that does not call ours."""
@@ -131,27 +131,30 @@ class DurableRequest(Request):  # type: ignore[misc]
         task_ready(self)
         settings, worker_id, headers = self._ledger.settings, self._ledger.worker_id, self.request_dict
 
-        def work(session: Session) -> None:
-            if worker_id is not None:
-                steps.bereave(
-                    session,
-                    self.id,
-                    worker_id=worker_id,
-                    max_lost=settings.max_lost,
-                    poison=self._ledger.poison,
-                    pid=self.worker_pid,
-                    generation=ids.generation(headers.get("replaced_task_nesting"), headers.get("retries")),
-                )
-                runs.notify(session, self._ledger.channel)
+        def work(session: Session) -> bool:
+            bereaved = worker_id is not None and steps.bereave(
+                session,
+                self.id,
+                worker_id=worker_id,
+                max_lost=settings.max_lost,
+                poison=self._ledger.poison,
+                pid=self.worker_pid,
+                generation=ids.generation(headers.get("replaced_task_nesting"), headers.get("retries")),
+            )
+            runs.notify(session, self._ledger.channel)
+            return bereaved
 
-        logger.warning("task %s[%s]: %s; the step is tried again", self.name, self.id, exc)
+        again = True
         try:
-            self._ledger.call(work)
+            again = self._ledger.call(work)
+            fate = "the step is tried again" if again else "its step was finished, or is somebody else's"
+            logger.warning("task %s[%s]: %s; %s", self.name, self.id, exc, fate)
         except StoreUnavailable as error:
-            logger.warning("task %s[%s] is tried again when its lease ends: %s", self.name, self.id, error)
+            logger.warning("task %s[%s]: %s; tried again when its lease ends: %s", self.name, self.id, exc, error)
         if self.task.acks_late:
             self.acknowledge()
-        self.send_event("task-retried", exception=repr(exc), traceback="")
+        if again:
+            self.send_event("task-retried", exception=repr(exc), traceback="")
 
     def _announce_revoked(self, *args: Any, **kwargs: Any) -> None:
         self._leave()

@@ -19,11 +19,8 @@ from pgqrs_celery.store.recording import Outcome as Fate
 from pgqrs_celery.store.results import Outcome
 from pgqrs_celery.store.runs import NewRun
 
-__all__ = ["NOW", "Finish", "Taking", "finish", "go_on", "start"]
+__all__ = ["Finish", "Taking", "finish", "go_on", "start"]
 
-
-#: In a message's headers: the time of recording, which the database knows.
-NOW: Final = "@now"
 
 #: What follows, where nothing does.
 NOTHING: Final[dict[str, Any]] = dict.fromkeys(
@@ -115,17 +112,21 @@ def go_on(
     return Finish(status is not None, _fate(following, status, accepted, recorded_at), False), taken == TRUE
 
 
-def start(session: Session, run: NewRun, step: NewStep, message: NewMessage, *, wake: bool) -> int | None:
+def start(
+    session: Session, run: NewRun, step: NewStep, message: NewMessage, *, sent_header: str, wake: bool
+) -> int | None:
     """Enter a new run with its first step, send that step's message, and return the run; None where it exists.
 
-    A header whose value is ``NOW`` becomes the time of recording. With ``wake``, a consumer that sleeps is handed the
-    message, or told. Not inside a transaction. Raises ``StoreError`` where the step's task id belongs to another run.
+    The time of recording, which the database knows, is added to the message's headers as ``sent_header``. With
+    ``wake``, a consumer that sleeps is handed the message, or told. Not inside a transaction. Raises ``StoreError``
+    where the step's task id belongs to another run.
     """
     assert run.workflow_key is None
     params = {
         **run.params(),
         **_following(step),
         **_message(message),
+        "sent_header": sent_header,
         "wake": wake,
         "look_interval": LONGEST_LOOK,
     }

@@ -24,7 +24,7 @@ def one_worker(each_scenario: Scenario) -> Iterator[Fleet]:
 def kill_and_be_noticed(fleet: Fleet, former: int) -> None:
     """Kill a process of the pool, and wait until the main process has done what it does then."""
     fleet.kill("child", former)
-    wait_for(lambda: fleet.logged("the step is tried again"), PATIENCE, "the death to be noticed")
+    wait_for(lambda: fleet.logged("Worker exited prematurely"), PATIENCE, "the death to be noticed")
 
 
 @pytest.mark.parametrize("each_scenario", ["postgres", "redis"], indirect=True)

@@ -22,5 +22,5 @@ CALL {schema}.pgqrs_start(
   %(parent_task_id)s,
   %(next_task)s, %(next_step)s, %(next_name)s, %(next_kind)s, %(next_generation)s::bigint, %(next_envelope)s::json,
   %(next_queue)s, %(next_delay)s::float8,
-  %(message_id)s::uuid, %(queue)s, %(priority)s::int, %(ttl)s::float8, %(headers)s, %(properties)s,
-  %(message_body)b::bytea, %(wake)s::boolean, %(look_interval)s::float8, NULL, NULL);
+  %(message_id)s::uuid, %(queue)s, %(priority)s::int, %(ttl)s::float8, %(headers)s, %(sent_header)s,
+  %(properties)s, %(message_body)b::bytea, %(wake)s::boolean, %(look_interval)s::float8, NULL, NULL);
