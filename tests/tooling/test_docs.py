@@ -99,7 +99,7 @@ def test_every_error_is_documented() -> None:
 
 
 #: The files whose statements change the status of a canvas's step.
-LEDGER = ("recording", "steps", "leases", "clock")
+LEDGER = ("recording", "steps", "leases", "clock", "units")
 
 
 def test_every_statement_of_the_transition_table_exists() -> None:
