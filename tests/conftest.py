@@ -30,8 +30,15 @@ from tests.support.rabbitmq import Address, find_rabbitmq, shared_rabbitmq, wait
 REQUIRE_BROKERS = "PGQRS_REQUIRE_BROKERS"
 
 # Commits still reach the operating system, so nothing is lost when a test kills the server. A fleet of two workers has
-# two dozen connections, and every xdist worker has several fleets.
-POSTGRES_SETTINGS = {"max_connections": "800", "fsync": "off", "full_page_writes": "off"}
+# two dozen connections, and every xdist worker has several fleets. A schema per test is many new tables, which are made
+# sooner where their creation need not be replicated.
+POSTGRES_SETTINGS = {
+    "max_connections": "800",
+    "fsync": "off",
+    "full_page_writes": "off",
+    "wal_level": "minimal",
+    "max_wal_senders": "0",
+}
 
 _DATABASES = 4096
 _PREFIX = f"pgqrs-tests-{os.getuid()}-"

@@ -32,7 +32,7 @@ POOLS = [
 
 ROWS = [
     *(pytest.param("postgres", *pool.values, id=str(pool.id), marks=pool.marks) for pool in POOLS),
-    *(pytest.param("local", *pool.values, id=f"{pool.id}-local", marks=pool.marks) for pool in POOLS[:4]),
+    *(pytest.param("local", *pool.values, id=f"{pool.id}-local", marks=pool.marks) for pool in POOLS[1:3]),
     *(pytest.param("redis", *pool.values, id=f"{pool.id}-redis", marks=pool.marks) for pool in POOLS[1:4:2]),
 ]
 
