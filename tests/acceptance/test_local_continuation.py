@@ -16,7 +16,7 @@ from pgqrs_celery import Status
 from pgqrs_celery.exceptions import PoisonedStep
 from tests.acceptance.test_leases import RENEWED
 from tests.support.events import collected_events
-from tests.support.fleet import PATIENCE, Fleet
+from tests.support.fleet import PATIENCE, Fleet, Victim
 from tests.support.proxy import Proxy
 from tests.support.scenario import LOCAL, LONG_LEASE, Scenario
 from tests.support.vocabulary import named
@@ -260,6 +260,28 @@ def test_task_events_tell_of_every_link(scenario: Scenario) -> None:
             wait_for(lambda: events.by_task(expected) == expected, PATIENCE, "all events")
         assert {event["hostname"] for event in events.of(links[1].id)} == {fleet.workers[0].hostname}
         assert sent(fleet, *links[:2], *failing) == [1, 0, 1, 0]
+
+
+@pytest.mark.parametrize("victim", ["child", "worker"])
+@pytest.mark.parametrize("moment", ["in its body", "while it is taken", "before its body"])
+def test_no_lease_is_waited_for_when_its_process_is_killed(scenario: Scenario, moment: str, victim: Victim) -> None:
+    with Fleet(scenario.with_conf(**LOCAL, pgqrs_lease=3600.0)) as fleet:
+        links = abc(fleet)
+        if moment == "while it is taken":
+            with fleet.scenario.stops.at("row", links[1].id) as waiting:
+                result = chain(*links).delay()
+                wait_for(waiting, PATIENCE, "the transaction to be stopped")
+                (pid,) = pids(fleet, links[0])
+                fleet.kill(victim, pid)  # and then the transaction commits
+        else:
+            point = "in_body" if moment == "in its body" else "delivered_before_acquire"
+            with fleet.scenario.points.arm(point, links[1].id) as trap:
+                result = chain(*links).delay()
+                fleet.kill(victim, trap.wait())
+        assert result.get(timeout=PATIENCE) == ["a", "b", "c"]
+        lost = {s.task_id: s.lost for s in fleet.ended(links[0].id).steps()}
+        assert lost == {links[0].id: 0, links[1].id: 1, links[2].id: 0}
+        fleet.expect({links[0].id: 1, links[1].id: 1 + (moment == "in its body"), links[2].id: 1})
 
 
 def test_a_link_that_ends_its_process_is_tried_again(fleet: Fleet) -> None:
