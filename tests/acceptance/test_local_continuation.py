@@ -284,13 +284,14 @@ def test_no_lease_is_waited_for_when_its_process_is_killed(scenario: Scenario, m
         fleet.expect({links[0].id: 1, links[1].id: 1 + (moment == "in its body"), links[2].id: 1})
 
 
-def test_a_link_that_ends_its_process_is_tried_again(fleet: Fleet) -> None:
-    tasks = fleet.tasks
-    links = [named(tasks.step.s([], "a")), named(tasks.quit.s("b")), named(tasks.step.s("c"))]
-    assert chain(*links).delay().get(timeout=PATIENCE) == ["a", "b", "c"]
-    steps = {s.task_id: (s.status, s.attempt, s.lost) for s in fleet.ended(links[0].id).steps()}
-    assert steps[links[1].id] == ("SUCCESS", 2, 1)
-    fleet.expect({links[0].id: 1, links[1].id: 2, links[2].id: 1})
+def test_a_link_that_ends_its_process_is_tried_again_without_waiting_for_a_lease(scenario: Scenario) -> None:
+    with Fleet(scenario.with_conf(**LOCAL, pgqrs_lease=3600.0)) as fleet:
+        tasks = fleet.tasks
+        links = [named(tasks.step.s([], "a")), named(tasks.quit.s("b")), named(tasks.step.s("c"))]
+        assert chain(*links).delay().get(timeout=PATIENCE) == ["a", "b", "c"]
+        steps = {s.task_id: (s.status, s.attempt, s.lost) for s in fleet.ended(links[0].id).steps()}
+        assert steps[links[1].id] == ("SUCCESS", 2, 1)
+        fleet.expect({links[0].id: 1, links[1].id: 2, links[2].id: 1})
 
 
 def test_a_link_that_kills_its_process_every_time_is_given_up(scenario: Scenario) -> None:
@@ -342,10 +343,10 @@ def test_a_link_whose_taking_was_answered_too_late_is_executed_once(scenario: Sc
     behind = scenario.elsewhere(f"postgresql://postgres@/postgres?host={proxy.directory}")
     with Fleet(behind.with_conf(**LOCAL, **LONG_LEASE), size=1) as fleet:
         links = abc(fleet)
-        with fleet.scenario.points.arm("in_body", links[0].id) as trap:
+        with fleet.scenario.points.arm("in_body", links[1].id) as trap:
             result = chain(*links).delay()
             trap.wait()
-            proxy.lose_answer_to(links[1].id.encode())
+            proxy.lose_answer_to(b"pgqrs_units.go_on")  # prepared by now: this is its second execution
         assert result.get(timeout=PATIENCE) == ["a", "b", "c"]
         assert proxy.lost == 1
         assert [(s.status, s.attempt) for s in fleet.ended(links[0].id).steps()] == [("SUCCESS", 1)] * 3
