@@ -81,6 +81,7 @@ class Joint:
 
         def work(session: Session) -> Answer:
             if following is not None:
+                self._announce(recorder, running, deferred, outcome)
                 return _go_on(session, self, running, following, outcome)
             prepared = self._prepare(recorder, running, deferred, outcome)
             if prepared is None:
@@ -112,11 +113,12 @@ class Joint:
         single = len(deferred.rows) == len(deferred.messages) == 1
         if self.broker is None or running.uncommitted is None or outcome.part is not None or not single:
             return None
-        found = candidate(running, deferred.messages[0], deferred.rows[0], recorder.app)
-        if found is not None and (signals.before_task_publish.receivers or signals.after_task_publish.receivers):
-            # Whoever listens to what is sent has a say in it: in its headers, say. The message itself is not needed.
+        return candidate(running, deferred.messages[0], deferred.rows[0], recorder.app)
+
+    def _announce(self, recorder: Recorder, running: Execution, deferred: Deferred, outcome: Outcome) -> None:
+        """Tell whoever listens to what is sent: he has a say in it (in its headers, say), though it is not sent."""
+        if signals.before_task_publish.receivers or signals.after_task_publish.receivers:
             self._prepare(recorder, running, deferred, outcome)
-        return found
 
     def _prepare(
         self, recorder: Recorder, running: Execution, deferred: Deferred, outcome: Outcome

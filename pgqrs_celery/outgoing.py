@@ -82,6 +82,13 @@ class Outgoing:
             return None
         return f"{getattr(exchange, 'name', exchange)}/{self.options.get('routing_key') or ''}"
 
+    @property
+    def is_routed(self) -> bool:
+        """Whether an exchange decides where the message goes; else it goes to one queue, by its name."""
+        options = self.options
+        kind = options.get("exchange_type") or getattr(getattr(options.get("queue"), "exchange", None), "type", None)
+        return kind not in (None, "direct") or bool(options.get("exchange") and options.get("routing_key"))
+
     def content(self, serializer: str) -> Content:
         """Return content type, encoding and text of the body; raises kombu's ``EncodeError`` where it has none."""
         if self._content is None or self._content[0] != serializer:

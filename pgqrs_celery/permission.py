@@ -68,7 +68,7 @@ class Permission:
             return "processes are replaced after some tasks"
         if not self._queues <= set(worker.app.amqp.queues.consume_from):
             return "a queue is not consumed from any more"
-        if self._limits != self._limits_now():
+        if not self._limits.items() <= self._limits_now().items():
             return "limits of a task were changed"
         return None
 

@@ -244,7 +244,7 @@ class Recorder:
         root_id, batch, rows = prepared[0]
         message = batch[0]
         keyed = spec is not None and spec.workflow_key is not None
-        if len(prepared) > 1 or len(batch) > 1 or message.held or keyed:
+        if len(prepared) > 1 or len(batch) > 1 or message.held or keyed or message.is_routed:
             return False
         message.producer = self.own_producer()
         (sent,) = self._rows(batch)

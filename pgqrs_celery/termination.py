@@ -35,11 +35,13 @@ class Termination:
         self.worker = worker
         self.ledger = ledger
         self.board = board
+        self._before: dict[str, Callable[..., Any]] = {}
 
     def install(self) -> None:
-        """Let Celery's commands be followed by ours; there is one worker in a process."""
+        """Let Celery's commands be followed by ours, until ``uninstall``; a process has one worker at a time."""
         commands: dict[str, Callable[..., Any]] = Panel.data
         revoke, terminate = commands["revoke"], commands["terminate"]
+        self._before = {"revoke": revoke, "terminate": terminate}
 
         def revoke_too(state: Any, task_id: Any, terminate: bool = False, signal: Any = None, **options: Any) -> Any:
             answer = revoke(state, task_id, terminate=terminate, signal=signal, **options)
@@ -53,6 +55,10 @@ class Termination:
             return answer
 
         commands.update(revoke=revoke_too, terminate=terminate_too)
+
+    def uninstall(self) -> None:
+        """Leave Celery's commands as they were."""
+        Panel.data.update(self._before)
 
     def end(self, task_ids: Iterable[str], signal: Any) -> None:
         """Cancel the steps among these that processes have gone on with, and end these processes."""

@@ -14,6 +14,7 @@ from pgqrs_celery.board import Board
 from pgqrs_celery.exceptions import NotInstalled, SchemaOutdated, StoreError, StoreUnavailable
 from pgqrs_celery.forks import NoFork
 from pgqrs_celery.incarnation import Incarnation
+from pgqrs_celery.joint import shares_ledger
 from pgqrs_celery.leases import Keeper
 from pgqrs_celery.ledger import Ledger
 from pgqrs_celery.permission import Permission
@@ -29,6 +30,11 @@ logger = logging.getLogger(__name__)
 
 #: Exit status of a worker that must not start.
 EX_FAILURE = 1
+
+NO_UNIT = (
+    "pgqrs_local_continuation has no effect: broker and result backend must both be pgqrs+postgresql://, in the "
+    "ledger's database and schema"
+)
 
 #: Seconds between two looks for pool processes that have died.
 POOL_LOOK = 0.5
@@ -111,8 +117,12 @@ class DurabilityStep(bootsteps.StartStopStep):
         # Made before the pool forks: parent and children share their pages ...
         ledger = ledger_of(parent.app)
         ledger.incarnation = Incarnation()
-        ledger.board = Board() if ledger.settings.local_continuation and parent.app.pgqrs.shared_broker else None
+        ledger.board = Board() if ledger.settings.local_continuation else None
+        if ledger.board is not None and not goes_on(parent.app, ledger):
+            logger.warning("%s", NO_UNIT)
+            ledger.board = None
         self._permission: Permission | None = None
+        self._termination: Termination | None = None
         # ... and found out before: a process that is replaced may be forked while the relay would be at it.
         parent.app.pgqrs.shared_broker  # noqa: B018
 
@@ -143,7 +153,8 @@ class DurabilityStep(bootsteps.StartStopStep):
         board = ledger_of(parent.app).board
         if board is not None and self._permission is None:
             self._permission = Permission(parent, ledger_of(parent.app), board)
-            Termination(parent, ledger_of(parent.app), board).install()
+            self._termination = Termination(parent, ledger_of(parent.app), board)
+            self._termination.install()
         permission = self._permission
 
         def look() -> None:
@@ -185,6 +196,8 @@ class DurabilityStep(bootsteps.StartStopStep):
 
     def stop(self, parent: Any) -> None:
         """Stop relaying; leases are kept until the pool has stopped."""
+        if self._termination is not None:
+            self._termination.uninstall()
         if self._threads is not None:
             self._threads.stop()
 
@@ -214,3 +227,8 @@ class GiveBackStep(bootsteps.StartStopStep):
         step: DurabilityStep | None = getattr(consumer.controller, "pgqrs", None)
         if step is not None:
             step.give_back()
+
+
+def goes_on(app: Any, ledger: Ledger) -> bool:
+    """Return whether steps end in a unit of work, with which a process can go on."""
+    return app.pgqrs.shared_broker is not None and shares_ledger(app.backend, ledger)

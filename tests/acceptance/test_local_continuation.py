@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 from celery import chain
+from celery.contrib.testing.worker import start_worker
 from celery.exceptions import TaskRevokedError
+from celery.worker.control import Panel
 
 from pgqrs_celery import Status
 from pgqrs_celery.exceptions import PoisonedStep
@@ -352,3 +354,20 @@ def test_a_link_whose_taking_was_answered_too_late_is_executed_once(scenario: Sc
         assert [(s.status, s.attempt) for s in fleet.ended(links[0].id).steps()] == [("SUCCESS", 1)] * 3
         assert sent(fleet, *links) == [1, 0, 0]
         fleet.expect({link.id: 1 for link in links})
+
+
+def test_a_worker_with_another_broker_says_that_nothing_will_go_on(redis_scenario: Scenario) -> None:
+    with Fleet(redis_scenario.with_conf(**LOCAL), size=1) as fleet:
+        links = abc(fleet)
+        assert chain(*links).delay().get(timeout=PATIENCE) == ["a", "b", "c"]
+        assert fleet.logged("pgqrs_local_continuation has no effect")
+        fleet.ended(links[0].id)
+
+
+def test_a_second_worker_of_a_process_finds_celery_s_own_commands(scenario: Scenario) -> None:
+    revoke = Panel.data["revoke"]
+    app = Fleet(scenario.with_conf(**LOCAL), size=0).application.celery
+    for _ in range(2):
+        with start_worker(app, perform_ping_check=False, shutdown_timeout=PATIENCE):
+            wait_for(lambda: Panel.data["revoke"] is not revoke, PATIENCE, "the worker to have commands of its own")
+        assert Panel.data["revoke"] is revoke
