@@ -8,11 +8,20 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import psycopg
 from celery import Celery
+from psycopg import sql
 
+from pgqrs_celery.urls import parse
 from tests.support.nursery import start_celery
 from tests.support.processes import ROOT
 from tests.support.waiting import wait_for
+
+#: What a failure shows of the broker.
+STATE = {
+    "pgqrs_messages": "queue, position, leased_by, leased_until, deliveries, visible_at, left(headers, 300), now()",
+    "pgqrs_consumers": "consumer_id, pid, queues, asleep, nap, seen_at, dead_at",
+}
 
 
 class Bench:
@@ -81,7 +90,26 @@ class Bench:
             found = self.entries(task, value)
             return found if len(found) >= count else None
 
-        return wait_for(enough, timeout, f"{count} entries of {task}; there are {self.entries(task, value)}")
+        try:
+            return wait_for(enough, timeout, f"{count} entries of {task} {value}")
+        except AssertionError as error:
+            there = f"there are {self.entries(task, value)}"
+            raise AssertionError(f"{error}; {there}\n{self.state()}\n{self.last_words()}") from None
+
+    def state(self) -> str:
+        """Return what the broker's tables say about messages and consumers, in front of a failure."""
+        parsed = parse(self.url)
+        schema = parsed.settings.get("pgqrs_schema", "public")
+        lines = []
+        with psycopg.connect(parsed.dsn, autocommit=True) as connection:
+            for table, columns in STATE.items():
+                statement = sql.SQL("SELECT {} FROM {}").format(sql.SQL(columns), sql.Identifier(schema, table))
+                lines += [f"{table}: {row}" for row in connection.execute(statement)]
+        return "\n".join(lines)
+
+    def last_words(self) -> str:
+        """Return the end of what each worker has logged."""
+        return "\n".join(f"-- worker {worker.name}:\n{worker.text[-3000:]}" for worker in self.workers)
 
     def stop(self) -> None:
         for worker in self.workers:
