@@ -21,9 +21,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from billiard.process import current_process
-from celery import signals
 from celery.app.trace import trace_task
-from kombu.serialization import dumps, loads, prepare_accept_content
+from kombu.serialization import loads, prepare_accept_content
 
 from pgqrs_celery import reporting
 from pgqrs_celery.board import LONGEST, Place
@@ -31,9 +30,8 @@ from pgqrs_celery.envelope import SENT, Content
 from pgqrs_celery.exceptions import StoreUnavailable
 from pgqrs_celery.execution import Execution
 from pgqrs_celery.guard import StepGuard, new_token
+from pgqrs_celery.leases import bereave
 from pgqrs_celery.outgoing import Outgoing
-from pgqrs_celery.session import Session
-from pgqrs_celery.store import runs, steps
 from pgqrs_celery.store.recording import NewStep, Recorded
 from pgqrs_celery.store.units import Taking
 
@@ -69,20 +67,8 @@ class Following:
         """This process ends in the step, or before it: it is tried again, as after any other death."""
         guard, ledger = self.guard, self.guard.ledger
 
-        def work(session: Session) -> None:
-            assert ledger.worker_id is not None
-            steps.bereave(
-                session,
-                guard.task_id,
-                worker_id=ledger.worker_id,
-                max_lost=ledger.settings.max_lost,
-                poison=ledger.poison,
-                pid=guard.pid,
-            )
-            runs.notify(session, ledger.channel)
-
         try:
-            ledger.call(work)
+            ledger.call(lambda session: bereave(session, ledger, guard.task_id, pid=guard.pid))
         except StoreUnavailable as error:
             logger.warning("%s is due when its lease ends: %s", guard, error)
 
@@ -165,19 +151,14 @@ class Candidate:
 
     def take(self, recorded: Recorded) -> None:
         """The step is ours: it is executed when the tracer of the present one has ended."""
+        message = self.message
         guard = StepGuard.taken(self.before.guard, self.step, self.taking, self.deadline, recorded.sent_at)
-        _stretch.following = Following(self.task, guard, self._request(recorded), self._content())
+        content = message.content(message.options.get("serializer") or self.task.app.conf.task_serializer)
+        _stretch.following = Following(self.task, guard, self._request(recorded), content)
 
     def leave(self) -> None:
         """The step is not ours."""
         _stretch.note()
-
-    def _content(self) -> Content:
-        message = self.message
-        serializer = message.options.get("serializer") or self.task.app.conf.task_serializer
-        if signals.before_task_publish.receivers:  # which may have changed the body
-            return dumps(message.body, serializer=serializer)
-        return message.content(serializer)
 
     def _request(self, recorded: Recorded) -> dict[str, Any]:
         """Return the request as the worker's main process makes it of a message."""

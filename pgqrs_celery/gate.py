@@ -25,6 +25,7 @@ from pgqrs_celery.envelope import UNDOING, WAITER
 from pgqrs_celery.exceptions import NotDurable, StoreUnavailable
 from pgqrs_celery.execution import Execution, Phase
 from pgqrs_celery.joint import Joint
+from pgqrs_celery.leases import bereave
 from pgqrs_celery.ledger import Ledger
 from pgqrs_celery.recorder import Recorder
 from pgqrs_celery.session import Session
@@ -303,26 +304,12 @@ class LedgerBackend:
         running = execution.of_request(request)
         if running is not None and running.phase is not Phase.SUPERSEDED:
             return None
-        if running is None and not getattr(request, "is_eager", False):
-            worker_id = self.ledger.worker_id
-            if worker_id is not None and not self._main_process(
-                lambda session: self._give_back(session, task_id, worker_id), task_id
-            ):
-                return None
+        gives_back = running is None and not getattr(request, "is_eager", False) and self.ledger.worker_id is not None
+        if gives_back and not self._main_process(
+            lambda session: bereave(session, self.ledger, task_id, counted=False), task_id
+        ):
+            return None
         return self.wrapped.mark_as_retry(task_id, exc, traceback, request, store_result, state)
-
-    def _give_back(self, session: Session, task_id: str, worker_id: Any) -> bool:
-        settings = self.ledger.settings
-        given = steps.bereave(
-            session,
-            task_id,
-            worker_id=worker_id,
-            max_lost=settings.max_lost,
-            poison=self.ledger.poison,
-            counted=False,
-        )
-        runs.notify(session, self.ledger.channel)
-        return given
 
     def mark_as_revoked(
         self,

@@ -130,22 +130,7 @@ class StepGuard:
     @classmethod
     def taken(cls, before: StepGuard, step: NewStep, taking: Taking, deadline: float, at: datetime) -> StepGuard:
         """Return the guard of a step that was taken in the transaction that finished the one ``before`` it."""
-        row = Acquired(
-            verdict=Verdict.EXECUTE,
-            workflow_id=before.workflow_id,
-            step_id=step.step_id,
-            status="RUNNING",
-            output=None,
-            error=None,
-            workflow_name=before.workflow_name,
-            root_id=before.root_id,
-            touch=False,
-            generation=step.generation,
-            fence=1,
-            attempt=1,
-            lost=0,
-            now=at,
-        )
+        row = _first(step, before.workflow_id, before.workflow_name, before.root_id, at)
         return cls(before.ledger, step.task_id, taking.lease_token, deadline, row)
 
     @property
@@ -244,19 +229,24 @@ def _adopt(session: Session, ledger: Ledger, adoption: Adoption, lease_token: UU
     if not entered:
         return None
     runs.begin(session, workflow_id)
+    return _first(adoption.step, workflow_id, adoption.run.name, adoption.run.root_id, datetime.now(UTC))
+
+
+def _first(step: NewStep, workflow_id: int, workflow_name: str, root_id: str, now: datetime) -> Acquired:
+    """Return what ``acquire`` would answer about a step that was entered as running here."""
     return Acquired(
         verdict=Verdict.EXECUTE,
         workflow_id=workflow_id,
-        step_id=adoption.step.step_id,
+        step_id=step.step_id,
         status="RUNNING",
         output=None,
         error=None,
-        workflow_name=adoption.run.name,
-        root_id=adoption.run.root_id,
+        workflow_name=workflow_name,
+        root_id=root_id,
         touch=False,
-        generation=adoption.step.generation,
+        generation=step.generation,
         fence=1,
         attempt=1,
         lost=0,
-        now=datetime.now(UTC),
+        now=now,
     )

@@ -18,11 +18,40 @@ from pgqrs_celery.exceptions import StoreError
 from pgqrs_celery.forks import NoFork
 from pgqrs_celery.holdings import Held
 from pgqrs_celery.ledger import Ledger
-from pgqrs_celery.store import leases, workers
+from pgqrs_celery.session import Session
+from pgqrs_celery.store import leases, runs, steps, workers
 
-__all__ = ["Keeper"]
+__all__ = ["Keeper", "bereave"]
 
 logger = logging.getLogger(__name__)
+
+
+def bereave(
+    session: Session,
+    ledger: Ledger,
+    task_id: str,
+    *,
+    pid: int | None = None,
+    generation: int | None = None,
+    counted: bool = True,
+) -> bool:
+    """Make a step of this worker due whose process is gone, and call the relays; False where nothing became due.
+
+    See ``store.steps.bereave`` for what ``pid``, ``generation`` and ``counted`` say.
+    """
+    worker_id, settings = ledger.worker_id, ledger.settings
+    due = worker_id is not None and steps.bereave(
+        session,
+        task_id,
+        worker_id=worker_id,
+        max_lost=settings.max_lost,
+        poison=ledger.poison,
+        counted=counted,
+        generation=generation,
+        pid=pid,
+    )
+    runs.notify(session, ledger.channel)
+    return due
 
 
 class Keeper:

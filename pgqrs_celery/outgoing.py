@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from celery import signals
 from kombu.serialization import dumps
 
 from pgqrs_celery import ids
@@ -91,6 +92,8 @@ class Outgoing:
 
     def content(self, serializer: str) -> Content:
         """Return content type, encoding and text of the body; raises kombu's ``EncodeError`` where it has none."""
+        if signals.before_task_publish.receivers:  # which may change what is in the body
+            return dumps(self.body, serializer=serializer)
         if self._content is None or self._content[0] != serializer:
             self._content = (serializer, dumps(self.body, serializer=serializer))
         return self._content[1]

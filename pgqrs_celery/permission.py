@@ -15,9 +15,9 @@ from celery.worker import state
 from pgqrs_celery.board import Board, Entry
 from pgqrs_celery.durability import is_durable
 from pgqrs_celery.exceptions import StoreUnavailable
+from pgqrs_celery.leases import bereave
 from pgqrs_celery.ledger import Ledger
 from pgqrs_celery.session import Session
-from pgqrs_celery.store import runs, steps
 
 __all__ = ["Permission"]
 
@@ -98,18 +98,8 @@ class Permission:
             self.board.forget(entry.pid)
 
     def _make_due(self, entry: Entry, session: Session) -> None:
-        ledger = self.ledger
-        assert ledger.worker_id is not None
         for task_id in entry.task_ids:
-            steps.bereave(
-                session,
-                task_id,
-                worker_id=ledger.worker_id,
-                max_lost=ledger.settings.max_lost,
-                poison=ledger.poison,
-                pid=entry.pid,
-            )
-        runs.notify(session, ledger.channel)
+            bereave(session, self.ledger, task_id, pid=entry.pid)
         logger.warning("process %d is gone; what it had gone on with is tried again: %s", entry.pid, entry.task_ids)
 
 

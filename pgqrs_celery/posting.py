@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from celery import signals
 from kombu import Queue
 from kombu.entity import maybe_delivery_mode
 from kombu.serialization import dumps
@@ -97,8 +96,7 @@ class Poster:
 
     def _content(self, body: Any, serializer: str) -> Content:
         message = self._message
-        # A receiver of the signal may have changed what is in the body; then the row's text is not the message's.
-        if message is None or body is not message.body or signals.before_task_publish.receivers:
+        if message is None or body is not message.body:
             return dumps(body, serializer=serializer)
         return message.content(serializer)
 

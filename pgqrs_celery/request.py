@@ -21,9 +21,9 @@ from pgqrs_celery import ids
 from pgqrs_celery.board import Entry
 from pgqrs_celery.envelope import SENT, UNDOING
 from pgqrs_celery.exceptions import StoreUnavailable
+from pgqrs_celery.leases import bereave
 from pgqrs_celery.ledger import Ledger
 from pgqrs_celery.session import Session
-from pgqrs_celery.store import runs, steps
 from pgqrs_celery.task import ledger_of
 
 __all__ = ["DurableRequest"]
@@ -129,20 +129,11 @@ class DurableRequest(Request):  # type: ignore[misc]
         Where the database does not answer, the lease runs out by itself.
         """
         task_ready(self)
-        settings, worker_id, headers = self._ledger.settings, self._ledger.worker_id, self.request_dict
+        headers = self.request_dict
+        generation = ids.generation(headers.get("replaced_task_nesting"), headers.get("retries"))
 
         def work(session: Session) -> bool:
-            bereaved = worker_id is not None and steps.bereave(
-                session,
-                self.id,
-                worker_id=worker_id,
-                max_lost=settings.max_lost,
-                poison=self._ledger.poison,
-                pid=self.worker_pid,
-                generation=ids.generation(headers.get("replaced_task_nesting"), headers.get("retries")),
-            )
-            runs.notify(session, self._ledger.channel)
-            return bereaved
+            return bereave(session, self._ledger, self.id, pid=self.worker_pid, generation=generation)
 
         again = True
         try:

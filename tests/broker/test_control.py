@@ -22,6 +22,7 @@ from pgqrs_celery.embedded import PostgresServer
 from pgqrs_celery.store import migrations
 from tests.broker.test_workers import TASKS, consumers, count, send, wait_until_empty
 from tests.broker.workers import Bench, application
+from tests.support.events import collected_events
 from tests.support.waiting import wait_for
 
 
@@ -90,33 +91,12 @@ def test_a_revoked_task_does_not_run(bench: Bench, client: Celery, database: Dat
 
 
 def test_events_reach_a_receiver(bench: Bench, client: Celery) -> None:
-    seen: dict[str, list[dict[str, Any]]] = {}
-
-    def on_event(event: dict[str, Any]) -> None:
-        seen.setdefault(event["type"], []).append(event)
-
-    done = threading.Event()
-
-    def listen() -> None:
-        with client.connection_for_read() as connection:
-            receiver = client.events.Receiver(connection, handlers={"*": on_event})
-            while not done.is_set():
-                try:
-                    receiver.capture(limit=None, timeout=0.5, wakeup=False)
-                except TimeoutError:
-                    continue
-
-    thread = threading.Thread(target=listen)
-    thread.start()
-    try:
+    with collected_events(client, begun=False) as events:
         worker = bench.worker("-c", "1", "-E")
-        wait_for(lambda: "worker-heartbeat" in seen, 15, f"a heartbeat: {worker.text}")
+        wait_for(lambda: "worker-heartbeat" in events.types(), 15, f"a heartbeat: {worker.text}")
         send(client, "record", 1)
-        wait_for(lambda: "task-succeeded" in seen, 10, f"an event: {seen.keys()}")
-    finally:
-        done.set()
-        thread.join()
-    assert {"task-received", "task-started", "task-succeeded"} <= seen.keys()
+        wait_for(lambda: "task-succeeded" in events.types(), 10, f"an event: {events.types()}")
+    assert {"task-received", "task-started", "task-succeeded"} <= events.types()
 
 
 def test_an_expired_task_is_revoked_not_forgotten(bench: Bench, client: Celery, database: Database) -> None:

@@ -25,14 +25,18 @@ class Events:
         """Return the events about a task."""
         return [event for event in list(self.seen) if event.get("uuid") == task_id]
 
+    def types(self) -> set[str]:
+        """Return the types there have been."""
+        return {event["type"] for event in list(self.seen)}
+
     def by_task(self, task_ids: Iterable[str]) -> dict[str, list[str]]:
         """Return the types of the events about each of some tasks."""
         return {task_id: [event["type"] for event in self.of(task_id)] for task_id in task_ids}
 
 
 @contextmanager
-def collected_events(app: Celery) -> Iterator[Events]:
-    """Collect events until the block ends; it begins when the first one, of whatever kind, has come."""
+def collected_events(app: Celery, *, begun: bool = True) -> Iterator[Events]:
+    """Collect events until the block ends; it begins when the first one, of whatever kind, has come, if ``begun``."""
     events, done = Events(), threading.Event()
 
     def listen() -> None:
@@ -47,7 +51,8 @@ def collected_events(app: Celery) -> Iterator[Events]:
     thread = threading.Thread(target=listen)
     thread.start()
     try:
-        wait_for(lambda: events.seen, 60, "an event")
+        if begun:
+            wait_for(lambda: events.seen, 60, "an event")
         yield events
     finally:
         done.set()
