@@ -71,13 +71,13 @@ def finish(app: Celery, ledger: Ledger, step: DueStep, envelope: Envelope) -> No
     else:
         _give_up(ledger, backend, step, request)
         return
-    hand_off(ledger, step.task_id)
+    hand_off(ledger, step.task_id, step.fence)
 
 
 def finish_awaited(app: Celery, ledger: Ledger, step: DueStep) -> None:
     """Tell the result backend that a step was cancelled whose message had not come yet, then hand it off."""
     backend_for(app, step.task_name).mark_as_revoked(step.task_id, CANCELLED)
-    hand_off(ledger, step.task_id)
+    hand_off(ledger, step.task_id, step.fence)
 
 
 def _give_up(ledger: Ledger, backend: Any, step: DueStep, request: Context) -> None:
@@ -89,7 +89,7 @@ def _give_up(ledger: Ledger, backend: Any, step: DueStep, request: Context) -> N
     text = error_text(backend, error)
     broken = ledger.call(
         lambda session: steps.hand_off_failed(
-            session, step.task_id, error=text, interval=ledger.settings.resend_interval
+            session, step.task_id, fence=step.fence, error=text, interval=ledger.settings.resend_interval
         )
     )
     if broken is not None:

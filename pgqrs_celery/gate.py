@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import logging
 import traceback as tracebacks
+from collections.abc import Callable
 from typing import Any, Final
 
 from celery import states
@@ -78,14 +79,15 @@ def tell_waiter(ledger: Ledger, request: Any) -> bool:
     return True
 
 
-def hand_off(ledger: Ledger, task_id: str) -> None:
+def hand_off(ledger: Ledger, task_id: str, fence: int) -> None:
     """Note that everything that follows from a finished step has happened, then close its run if it is quiet.
 
-    A database that does not answer is no error here: the relay finds the step due and repeats the hand-off.
+    ``fence`` is that under which it was finished. A database that does not answer is no error here: the relay finds
+    the step due and repeats the hand-off.
     """
 
     def work(session: Session) -> None:
-        workflow_id = steps.hand_off(session, task_id)
+        workflow_id = steps.hand_off(session, task_id, fence=fence)
         if workflow_id is not None:
             runs.close_if_quiet(session, workflow_id)
 
@@ -114,7 +116,7 @@ def give_up_hand_off(
         backend._call_task_errbacks(request, exc, None)
 
     def give_up(session: Session) -> None:
-        workflow_id = steps.give_up_hand_off(session, task_id)
+        workflow_id = steps.give_up_hand_off(session, task_id, fence=broken.fence)
         if workflow_id is not None:
             runs.close_if_quiet(session, workflow_id)
 
@@ -163,7 +165,7 @@ class LedgerBackend:
             self._finish_jointly(self.joint, running, outcome)
         elif running.phase is not Phase.LOST and self._flush(running):
             self.wrapped.mark_as_done(task_id, result, request, store_result, state)
-            hand_off(self.ledger, task_id)
+            hand_off(self.ledger, task_id, running.guard.fence)
 
     def _settle_and_tell(self, running: Execution) -> bool:
         """Commit a success that a function waits for, and tell it; False where the rest is left to others."""
@@ -205,9 +207,10 @@ class LedgerBackend:
             self.wrapped.mark_as_failure(task_id, exc, traceback, request, store_result, call_errbacks, state)
             return
         if running is not None and running.phase is Phase.SUCCEEDED and self._flush(running):
-            self._hand_off_failed(task_id, exc, traceback, request)
+            self._hand_off_failed(running, exc, traceback)
             return
-        if not self._accept_failure(task_id, exc, traceback, request, running):
+        fence = self._accept_failure(task_id, exc, traceback, request, running)
+        if fence is None:
             logger.warning(
                 "task %s: the failure %r is not stored, because another owner has the step or it is finished",
                 task_id,
@@ -217,19 +220,20 @@ class LedgerBackend:
         if not tell_waiter(self.ledger, request):
             return
         self.wrapped.mark_as_failure(task_id, exc, traceback, request, store_result, call_errbacks, state)
-        hand_off(self.ledger, task_id)
+        hand_off(self.ledger, task_id, fence)
 
     def _accept_failure(
         self, task_id: str, exc: BaseException, traceback: Any, request: Any, running: Execution | None
-    ) -> bool:
+    ) -> int | None:
+        """Return the fence of a failure that counts."""
         if running is not None and running.phase is Phase.FAILED_BEFORE:
-            return True
+            return running.guard.fence
         text = error_text(self.wrapped, exc, traceback)
         if running is not None:
             if running.phase is not Phase.BODY or not running.guard.fail(text):
-                return False
+                return None
             running.phase = Phase.FAILED
-            return True
+            return running.guard.fence
         return self._main_process(
             lambda session: steps.fail(
                 session,
@@ -244,36 +248,42 @@ class LedgerBackend:
             undo_first=(text, _generation(request)),
         )
 
-    def _main_process(self, write: Any, task_id: str, *, undo_first: tuple[str, int] | None = None) -> bool:
-        """Return whether a write by the main process counts; a task without a row is none of the ledger's business.
+    def _main_process(
+        self, write: Callable[[Session], int | None], task_id: str, *, undo_first: tuple[str, int] | None = None
+    ) -> int | None:
+        """Return the fence of a write by the main process that counts, None of one that does not.
 
-        No patience here: this thread runs the worker's event loop, and what is not written is due soon anyway. With
+        A task without a row is none of the ledger's business: its writes count, and there is nothing to hand off. No
+        patience here: this thread runs the worker's event loop, and what is not written is due soon anyway. With
         ``undo_first`` (the error and generation of an end), a function that has done what can be undone does not end
         yet: it is executed for that.
         """
 
-        def work(session: Session) -> bool:
+        def work(session: Session) -> int | None:
             if undo_first is not None:
                 error, generation = undo_first
                 if steps.undo_first(
                     session, task_id, error=error, generation=generation, worker_id=self.ledger.worker_id
                 ):
                     logger.info("task %s is executed once more, to undo what it has done", task_id)
-                    return False
-            return bool(write(session)) or steps.peek(session, task_id) is None
+                    return None
+            fence = write(session)
+            return 0 if fence is None and steps.peek(session, task_id) is None else fence
 
         try:
             return self.ledger.call(work)
         except StoreUnavailable as error:
             logger.warning("task %s: its outcome is left to a relay: %s", task_id, error)
-            return False
+            return None
 
-    def _hand_off_failed(self, task_id: str, exc: BaseException, traceback: Any, request: Any) -> None:
+    def _hand_off_failed(self, running: Execution, exc: BaseException, traceback: Any) -> None:
         """Record why what follows from a successful step did not happen; give up where it never can."""
-        settings = self.ledger.settings
+        settings, task_id, fence = self.ledger.settings, running.guard.task_id, running.guard.fence
         text = error_text(self.wrapped, exc, traceback)
         broken = self.ledger.call(
-            lambda session: steps.hand_off_failed(session, task_id, error=text, interval=settings.resend_interval),
+            lambda session: steps.hand_off_failed(
+                session, task_id, fence=fence, error=text, interval=settings.resend_interval
+            ),
             patience=settings.patience,
         )
         if broken is None:
@@ -289,7 +299,7 @@ class LedgerBackend:
                 settings.resend_interval,
             )
             return
-        give_up_hand_off(self.ledger, self.wrapped, task_id, exc, request, broken)
+        give_up_hand_off(self.ledger, self.wrapped, task_id, exc, running.request, broken)
 
     def mark_as_retry(
         self,
@@ -305,11 +315,12 @@ class LedgerBackend:
         if running is not None and running.phase is not Phase.SUPERSEDED:
             return None
         gives_back = running is None and not getattr(request, "is_eager", False) and self.ledger.worker_id is not None
-        if gives_back and not self._main_process(
-            lambda session: bereave(session, self.ledger, task_id, counted=False), task_id
-        ):
+        if gives_back and self._main_process(self._give_back(task_id), task_id) is None:
             return None
         return self.wrapped.mark_as_retry(task_id, exc, traceback, request, store_result, state)
+
+    def _give_back(self, task_id: str) -> Callable[[Session], int | None]:
+        return lambda session: 0 if bereave(session, self.ledger, task_id, counted=False) else None
 
     def mark_as_revoked(
         self,
@@ -325,7 +336,7 @@ class LedgerBackend:
             self.wrapped.mark_as_revoked(task_id, reason, request, store_result, state)
             return
         error = revocation(reason)
-        accepted = self._main_process(
+        fence = self._main_process(
             lambda session: steps.revoke(
                 session,
                 task_id,
@@ -338,7 +349,7 @@ class LedgerBackend:
             task_id,
             undo_first=(error, _generation(request)) if running is None else None,
         )
-        if not accepted:
+        if fence is None:
             logger.info("task %s is not revoked: another owner has the step or it is finished", task_id)
             return
         if not tell_waiter(self.ledger, request):
@@ -347,7 +358,7 @@ class LedgerBackend:
         for link in getattr(request, "chain", None) or ():
             for follower in signature_ids(link):
                 self.wrapped.mark_as_revoked(follower, reason, None, store_result, state)
-        hand_off(self.ledger, task_id)
+        hand_off(self.ledger, task_id, fence)
 
 
 def _generation(request: Any) -> int:

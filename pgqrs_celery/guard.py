@@ -176,12 +176,13 @@ class StepGuard:
 
     def fail(self, error: str) -> bool:
         """Commit the step's final error (JSON text); False where another owner has the step."""
-        return self.ledger.call(
+        fence = self.ledger.call(
             lambda session: steps.fail(
                 session, self.task_id, error=error, lease=self.ledger.settings.lease, lease_token=self.lease_token
             ),
             patience=self.ledger.settings.patience,
         )
+        return fence is not None
 
     def give_back(self) -> bool:
         """Queue the step again, due at once; False where another owner has it."""

@@ -257,7 +257,7 @@ def _store(
     guard = running.guard
     params: dict[str, Any] = {"task_id": guard.task_id, "lease_token": guard.lease_token}
     if finished is None:
-        condition = "steps.hand_off"
+        condition, params = "steps.hand_off", {"task_id": guard.task_id, "fence": guard.fence}
     elif deferred.rows:
         condition = "steps.finished_by"
     else:

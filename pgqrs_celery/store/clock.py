@@ -33,6 +33,7 @@ class DueStep:
     lost: int
     error: str | None
     generation: int
+    fence: int
     #: Whether it is sent to undo what it has done.
     undoing: bool
 

@@ -84,6 +84,7 @@ class Peeked:
     status: str
     open: bool
     generation: int
+    fence: int
     lease_token: UUID | None
     output: str | None
     error: str | None
@@ -195,12 +196,13 @@ def fail(
     worker_id: UUID | None = None,
     generation: int = 0,
     undoing: bool = False,
-) -> bool:
+) -> int | None:
     """Commit a step's final error, as its owner (token) or as its worker's main process (worker and generation).
 
-    ``undoing`` says that it was executed to undo what it had done; reports about executions before that come too late.
+    Returns the fence to hand it off under, None where the step belongs to somebody else by now. ``undoing`` says that
+    it was executed to undo what it had done; reports about executions before that come too late.
     """
-    accepted = session.run(
+    row = session.row(
         "steps.fail",
         {
             "task_id": task_id,
@@ -212,7 +214,11 @@ def fail(
             "undoing": undoing,
         },
     )
-    return bool(accepted) or (lease_token is not None and finished_as(session, task_id, "FAILED", lease_token))
+    if row is not None or lease_token is None:
+        return row[0] if row else None
+    found = peek(session, task_id)
+    ours = found is not None and found.status == "FAILED" and found.lease_token == lease_token
+    return found.fence if found is not None and ours else None
 
 
 def undo_first(session: Session, task_id: str, *, error: str, generation: int, worker_id: UUID | None = None) -> bool:
@@ -287,26 +293,32 @@ def revoke(
     generation: int,
     worker_id: UUID | None = None,
     lease_token: UUID | None = None,
-) -> bool:
-    """Cancel a step that is not running elsewhere; its hand-off (the announcement) is still open."""
-    return bool(
-        session.run(
-            "steps.revoke",
-            {
-                "task_id": task_id,
-                "error": error,
-                "lease": lease,
-                "generation": generation,
-                "worker_id": worker_id,
-                "lease_token": lease_token,
-            },
-        )
+) -> int | None:
+    """Cancel a step that is not running elsewhere; its hand-off (the announcement) is still open.
+
+    Returns the fence to hand it off under, None where it is running elsewhere or finished.
+    """
+    row = session.row(
+        "steps.revoke",
+        {
+            "task_id": task_id,
+            "error": error,
+            "lease": lease,
+            "generation": generation,
+            "worker_id": worker_id,
+            "lease_token": lease_token,
+        },
     )
+    return row[0] if row else None
 
 
-def hand_off(session: Session, task_id: str) -> int | None:
-    """Note that everything that follows from a finished step has happened; returns its run the first time."""
-    row = session.row("steps.hand_off", {"task_id": task_id})
+def hand_off(session: Session, task_id: str, *, fence: int) -> int | None:
+    """Note that everything that follows from a finished step has happened; returns its run the first time.
+
+    ``fence`` is that of the execution which has finished it: whoever stalls here while the user resumes the failed run
+    must not end the hand-off of what was executed after that.
+    """
+    row = session.row("steps.hand_off", {"task_id": task_id, "fence": fence})
     return row[0] if row else None
 
 
@@ -316,19 +328,22 @@ class BrokenHandOff:
 
     workflow_id: int
     step_id: str
+    fence: int
     tries: int
     output: str | None
 
 
-def hand_off_failed(session: Session, task_id: str, *, error: str, interval: float) -> BrokenHandOff | None:
+def hand_off_failed(session: Session, task_id: str, *, fence: int, error: str, interval: float) -> BrokenHandOff | None:
     """Note why a hand-off did not work, to be repeated in ``interval`` seconds; None where it is done already."""
-    row = session.row("steps.hand_off_failed", {"task_id": task_id, "error": error, "interval": interval})
+    row = session.row(
+        "steps.hand_off_failed", {"task_id": task_id, "fence": fence, "error": error, "interval": interval}
+    )
     return BrokenHandOff(*row) if row else None
 
 
-def give_up_hand_off(session: Session, task_id: str) -> int | None:
+def give_up_hand_off(session: Session, task_id: str, *, fence: int) -> int | None:
     """End a hand-off that cannot work; the step stays SUCCESS with its error, for ``resume``."""
-    row = session.row("steps.give_up_hand_off", {"task_id": task_id})
+    row = session.row("steps.give_up_hand_off", {"task_id": task_id, "fence": fence})
     return row[0] if row else None
 
 

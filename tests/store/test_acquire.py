@@ -172,7 +172,7 @@ def test_a_step_that_is_handed_off_is_done(ledger: Ledger, status: str) -> None:
         ledger.fail("a", token)
     else:
         steps.revoke(ledger.session, "a", error="{}", lease=LEASE, generation=0, lease_token=token)
-    assert steps.hand_off(ledger.session, "a") is not None
+    assert ledger.hand_off("a") is not None
     before = ledger.row("a")
     for generation in (0, 1):
         ledger.advance(10_000)
@@ -191,7 +191,7 @@ def test_a_step_of_a_cancelled_run_is_cancelled_and_to_be_announced(ledger: Ledg
     row = ledger.row("a")
     assert (row.status, row.open, row.lease_token, row.due) == ("CANCELLED", True, None, LEASE)
     assert ledger.ask("a").verdict == "CANCELLED"
-    steps.hand_off(ledger.session, "a")
+    ledger.hand_off("a")
     assert ledger.ask("a").verdict == "DONE"
 
 
@@ -201,7 +201,7 @@ def test_a_success_in_a_cancelled_run_is_still_handed_off(ledger: Ledger) -> Non
     runs.cancel(ledger.session, workflow_id)
     ledger.advance(LEASE + 1)
     assert ledger.ask("a").verdict == "REPLAY"
-    assert steps.hand_off(ledger.session, "a") == workflow_id
+    assert ledger.hand_off("a") == workflow_id
 
 
 def test_a_step_of_a_paused_run_is_parked_until_the_run_goes_on(ledger: Ledger) -> None:

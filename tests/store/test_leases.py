@@ -110,7 +110,7 @@ def test_what_nobody_executes_is_not_renewed(ledger: Ledger, state: str) -> None
     token = ledger.acquire("a", worker)
     if state == "handed off":
         ledger.succeed("a", token)
-        steps.hand_off(ledger.session, "a")
+        ledger.hand_off("a")
     elif state == "cancelled":
         steps.revoke(ledger.session, "a", error="{}", lease=5, generation=0, lease_token=token)
     else:
@@ -205,7 +205,7 @@ def test_a_dead_worker_s_steps_are_due_but_never_what_it_put_to_sleep(ledger: Le
     ledger.record(workflow_id, ledger.step("retry", generation=1, delay=60.0, sent=False), lease_token=token)
     ledger.acquire("theirs", other)
     ledger.succeed("handed-off", ledger.acquire("handed-off", dead))
-    steps.hand_off(ledger.session, "handed-off")
+    ledger.hand_off("handed-off")
     assert ledger.expire(dead) == 2
     assert {step.task_id: step.was for step in ledger.claim()} == {"running": "QUEUED", "finished": "SUCCESS"}
     assert (ledger.row("asleep").due, ledger.row("retry").due, ledger.row("theirs").due) == (3600.0, 60.0, LEASE)

@@ -9,7 +9,7 @@ import pytest
 
 from pgqrs_celery.store import recording, steps
 from pgqrs_celery.store.recording import Finished
-from tests.support.ledger import ERROR, INTERVAL, LEASE, MAX_LOST, MESSAGE, POISON, Ledger, Worker
+from tests.support.ledger import ERROR, LEASE, MAX_LOST, MESSAGE, POISON, Ledger, Worker
 
 #: Everything an owner can write about his step; returns whether it was accepted.
 WRITES: dict[str, Callable[[Ledger, UUID], bool]] = {
@@ -17,8 +17,8 @@ WRITES: dict[str, Callable[[Ledger, UUID], bool]] = {
     "fail": lambda ledger, token: ledger.fail("a", token, '"zombie"'),
     "give_back": lambda ledger, token: steps.give_back(ledger.session, "a", lease_token=token),
     "drop": lambda ledger, token: steps.drop(ledger.session, "a", lease_token=token, error="{}") is not None,
-    "revoke": lambda ledger, token: steps.revoke(
-        ledger.session, "a", error="{}", lease=LEASE, generation=0, lease_token=token
+    "revoke": lambda ledger, token: (
+        steps.revoke(ledger.session, "a", error="{}", lease=LEASE, generation=0, lease_token=token) is not None
     ),
 }
 
@@ -119,9 +119,10 @@ def test_the_main_process_fails_only_what_its_own_worker_runs(ledger: Ledger) ->
     ledger.acquire("a", mine)
 
     def fail(worker: Worker, generation: int = 0) -> bool:
-        return steps.fail(
+        fence = steps.fail(
             ledger.session, "a", error=ERROR, lease=LEASE, worker_id=worker.worker_id, generation=generation
         )
+        return fence is not None
 
     assert not fail(other)
     assert not fail(mine, generation=1)
@@ -133,7 +134,7 @@ def test_the_main_process_fails_only_what_its_own_worker_runs(ledger: Ledger) ->
 
 def test_the_main_process_may_fail_what_nobody_runs(ledger: Ledger) -> None:
     ledger.start("a")
-    assert steps.fail(ledger.session, "a", error=ERROR, lease=LEASE, worker_id=Worker().worker_id)
+    assert steps.fail(ledger.session, "a", error=ERROR, lease=LEASE, worker_id=Worker().worker_id) is not None
     assert ledger.row("a").status == "FAILED"
 
 
@@ -141,7 +142,7 @@ def test_after_the_main_process_failed_a_step_its_child_can_no_longer_finish_it(
     mine = Worker()
     ledger.start("a")
     token = ledger.acquire("a", mine)
-    assert steps.fail(ledger.session, "a", error=ERROR, lease=LEASE, worker_id=mine.worker_id)
+    assert steps.fail(ledger.session, "a", error=ERROR, lease=LEASE, worker_id=mine.worker_id) is not None
     assert not ledger.succeed("a", token)
     assert ledger.row("a").error == ERROR
 
@@ -211,7 +212,7 @@ def test_nothing_is_bereaved_that_is_handed_off(ledger: Ledger) -> None:
     worker = Worker()
     ledger.start("a", "keep-open")
     ledger.succeed("a", ledger.acquire("a", worker))
-    steps.hand_off(ledger.session, "a")
+    ledger.hand_off("a")
     before = ledger.row("a")
     assert not bereave(ledger, worker)
     assert ledger.row("a") == before
@@ -228,7 +229,7 @@ def test_a_dropped_step_is_cancelled_and_nothing_of_it_is_open(ledger: Ledger) -
 
 def test_a_revoked_step_is_cancelled_and_to_be_announced(ledger: Ledger) -> None:
     ledger.start("a")
-    assert steps.revoke(ledger.session, "a", error="{}", lease=LEASE, generation=0)
+    assert steps.revoke(ledger.session, "a", error="{}", lease=LEASE, generation=0) is not None
     row = ledger.row("a")
     assert (row.status, row.open, row.due, row.message) == ("CANCELLED", True, LEASE, MESSAGE)
 
@@ -238,9 +239,9 @@ def test_an_old_message_s_revocation_does_not_cancel_its_retry(ledger: Ledger) -
     token = ledger.acquire("a")
     ledger.record(workflow_id, ledger.step("a", generation=1), lease_token=token)
     before = ledger.row("a")
-    assert not steps.revoke(ledger.session, "a", error="{}", lease=LEASE, generation=0)
+    assert steps.revoke(ledger.session, "a", error="{}", lease=LEASE, generation=0) is None
     assert ledger.row("a") == before
-    assert steps.revoke(ledger.session, "a", error="{}", lease=LEASE, generation=1)
+    assert steps.revoke(ledger.session, "a", error="{}", lease=LEASE, generation=1) is not None
 
 
 def test_a_worker_revokes_what_it_runs_itself_but_not_what_another_runs(ledger: Ledger) -> None:
@@ -249,7 +250,8 @@ def test_a_worker_revokes_what_it_runs_itself_but_not_what_another_runs(ledger: 
     token = ledger.acquire("a", mine)
 
     def revoke(worker: Worker) -> bool:
-        return steps.revoke(ledger.session, "a", error="{}", lease=LEASE, generation=0, worker_id=worker.worker_id)
+        fence = steps.revoke(ledger.session, "a", error="{}", lease=LEASE, generation=0, worker_id=worker.worker_id)
+        return fence is not None
 
     assert not revoke(other)
     assert revoke(mine)
@@ -263,8 +265,11 @@ def test_a_finished_step_is_not_revoked(ledger: Ledger, status: str) -> None:
     ledger.start("a")
     token = ledger.acquire("a", mine)
     assert ledger.succeed("a", token) if status == "SUCCESS" else ledger.fail("a", token)
-    assert not steps.revoke(
-        ledger.session, "a", error="{}", lease=LEASE, generation=0, worker_id=mine.worker_id, lease_token=token
+    assert (
+        steps.revoke(
+            ledger.session, "a", error="{}", lease=LEASE, generation=0, worker_id=mine.worker_id, lease_token=token
+        )
+        is None
     )
     assert ledger.row("a").status == status
 
@@ -272,10 +277,10 @@ def test_a_finished_step_is_not_revoked(ledger: Ledger, status: str) -> None:
 def test_a_success_is_handed_off_once_and_lets_its_message_go(ledger: Ledger) -> None:
     workflow_id = ledger.start("a", "keep-open")
     ledger.succeed("a", ledger.acquire("a"), "1")
-    assert steps.hand_off(ledger.session, "a") == workflow_id
+    assert ledger.hand_off("a") == workflow_id
     row = ledger.row("a")
     assert (row.status, row.open, row.due, row.message, row.output) == ("SUCCESS", False, None, None, "1")
-    assert steps.hand_off(ledger.session, "a") is None
+    assert ledger.hand_off("a") is None
     assert ledger.row("a") == row
 
 
@@ -292,7 +297,7 @@ def test_an_unfinished_step_cannot_be_handed_off(ledger: Ledger, running: bool) 
     if running:
         ledger.acquire("a")
     before = ledger.row("a")
-    assert steps.hand_off(ledger.session, "a") is None
+    assert ledger.hand_off("a") is None
     assert ledger.row("a") == before
 
 
@@ -300,7 +305,7 @@ def test_a_broken_hand_off_is_repeated_later_and_counted_by_the_relay(ledger: Le
     ledger.start("a")
     ledger.succeed("a", ledger.acquire("a"), "5")
     for tries in (1, 2, 3):
-        broken = steps.hand_off_failed(ledger.session, "a", error=ERROR, interval=7)
+        broken = ledger.break_hand_off("a", interval=7)
         assert broken is not None
         assert (broken.step_id, broken.tries, broken.output) == ("a", tries, "5")
         row = ledger.row("a")
@@ -313,8 +318,8 @@ def test_a_broken_hand_off_is_repeated_later_and_counted_by_the_relay(ledger: Le
 def test_a_hand_off_that_works_in_the_end_leaves_no_error(ledger: Ledger) -> None:
     workflow_id = ledger.start("a")
     ledger.succeed("a", ledger.acquire("a"))
-    steps.hand_off_failed(ledger.session, "a", error=ERROR, interval=7)
-    assert steps.hand_off(ledger.session, "a") == workflow_id
+    ledger.break_hand_off("a", interval=7)
+    assert ledger.hand_off("a") == workflow_id
     assert ledger.row("a").error is None
     assert ledger.close_if_quiet(workflow_id) == "SUCCESS"
 
@@ -322,9 +327,9 @@ def test_a_hand_off_that_works_in_the_end_leaves_no_error(ledger: Ledger) -> Non
 def test_a_hand_off_that_is_given_up_fails_the_run_and_keeps_the_success(ledger: Ledger) -> None:
     workflow_id = ledger.start("a")
     ledger.succeed("a", ledger.acquire("a"), "5")
-    steps.hand_off_failed(ledger.session, "a", error=ERROR, interval=7)
-    assert steps.give_up_hand_off(ledger.session, "a") == workflow_id
-    assert steps.give_up_hand_off(ledger.session, "a") is None
+    ledger.break_hand_off("a", interval=7)
+    assert ledger.give_up_hand_off("a") == workflow_id
+    assert ledger.give_up_hand_off("a") is None
     row = ledger.row("a")
     assert (row.status, row.open, row.due, row.output, row.message) == ("SUCCESS", False, None, "5", MESSAGE)
     assert ledger.close_if_quiet(workflow_id) == "FAILED"
@@ -336,8 +341,8 @@ def test_only_a_success_that_is_not_handed_off_can_have_a_broken_hand_off(ledger
     ledger.succeed_and_hand_off("b")
     for task_id in ("a", "b", "keep-open"):
         before = ledger.row(task_id)
-        assert steps.hand_off_failed(ledger.session, task_id, error=ERROR, interval=INTERVAL) is None
-        assert steps.give_up_hand_off(ledger.session, task_id) is None
+        assert ledger.break_hand_off(task_id) is None
+        assert ledger.give_up_hand_off(task_id) is None
         assert ledger.row(task_id) == before
 
 
@@ -389,9 +394,9 @@ def test_outcomes_wait_for_the_disk_and_what_can_be_repeated_does_not(ledger: Le
         assert steps.succeed(ledger.session, "a", lease_token=token, output="1")
         assert committing(ledger) == "on"
     with ledger.session.connection.transaction():
-        assert steps.hand_off(ledger.session, "a") is not None
+        assert ledger.hand_off("a") is not None
         assert committing(ledger) == "off"
     token = ledger.acquire("b")
     with ledger.session.connection.transaction():
-        assert steps.fail(ledger.session, "b", error="{}", lease=LEASE, lease_token=token)
+        assert steps.fail(ledger.session, "b", error="{}", lease=LEASE, lease_token=token) is not None
         assert committing(ledger) == "on"

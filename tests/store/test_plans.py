@@ -141,7 +141,7 @@ def test_an_outcome_finds_its_step_by_task_id(ledger: Ledger, name: str) -> None
         ledger.succeed("w7-1", token)
     parameters = {
         "task_id": "w7-1", "lease_token": token, "output": "1", "error": "{}", "lease": LEASE, "worker_id": None,
-        "generation": 0, "undoing": False,
+        "generation": 0, "undoing": False, "fence": 1,
     }  # fmt: skip
     plan = explain(ledger.session, f"steps.{name}", parameters)
     no_waste(plan, TASK, *((RUN,) if name == "peek" else ()))

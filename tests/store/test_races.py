@@ -208,8 +208,8 @@ def test_of_two_hand_offs_one_counts(ledger: Ledger) -> None:
     ledger.succeed("a", ledger.acquire("a"))
     look, other = ledger.connect(), ledger.connect()
     with ledger.session.connection.transaction():
-        assert steps.hand_off(ledger.session, "a") == workflow_id
-        late = ledger.in_thread(lambda: steps.hand_off(other, "a"))
+        assert ledger.hand_off("a") == workflow_id
+        late = ledger.in_thread(lambda: steps.hand_off(other, "a", fence=1))
         wait_until_blocked(look, other, ledger.session, late)
     assert late.result(30) is None
 
@@ -335,7 +335,7 @@ def test_of_two_resumes_one_resumes(ledger: Ledger) -> None:
 #: What the last two members of a group do at the end, statement by statement.
 def last_member(ledger: Ledger, session: Session, task_id: str, token: Any, workflow_id: int, *, fails: bool) -> Any:
     yield ledger.fail(task_id, token, ERROR, session) if fails else ledger.succeed(task_id, token, "1", session)
-    yield steps.hand_off(session, task_id)
+    yield ledger.hand_off(task_id, session)
     quiet = session.row("runs.quiet", {"workflow_id": workflow_id})
     yield quiet
     yield ledger.close_if_quiet(workflow_id, session) if quiet and quiet[0] else None
@@ -375,7 +375,7 @@ def test_a_failing_and_a_succeeding_last_member_at_the_same_time_end_the_run_fai
             barrier.wait()
             accepted = (ledger.fail, ledger.succeed)[side](name, tokens[side], session=session)
             assert accepted
-            assert steps.hand_off(session, name) == workflow_id
+            assert steps.hand_off(session, name, fence=1) == workflow_id
             closed.append(ledger.close_if_quiet(workflow_id, session))
         return closed
 

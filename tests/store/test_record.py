@@ -97,7 +97,7 @@ def test_an_equal_generation_changes_nothing_whatever_the_status(ledger: Ledger,
     if state.startswith("FAILED"):
         ledger.fail("a", token)
     if state in ("SUCCESS", "FAILED"):
-        steps.hand_off(ledger.session, "a")
+        ledger.hand_off("a")
     if state == "CANCELLED":
         steps.drop(ledger.session, "a", lease_token=token, error="{}")
     before = ledger.row("a")

@@ -125,7 +125,7 @@ def test_a_hand_off_that_was_cut_short_is_due_and_counted(ledger: Ledger, status
         assert (step.was, step.status, step.handoffs, step.lost) == (status, status, tries, 0)
         assert ledger.row("a").lease_token is None
         ledger.advance(INTERVAL)
-    steps.hand_off(ledger.session, "a")
+    ledger.hand_off("a")
     assert ledger.claim() == []
     assert next_due(ledger) is None
 
@@ -179,7 +179,7 @@ def test_a_cancelled_step_stays_due_until_somebody_has_announced_it(ledger: Ledg
     assert (step.status, step.message) == ("CANCELLED", MESSAGE)
     ledger.advance(INTERVAL)
     assert len(ledger.claim()) == 1
-    assert steps.hand_off(ledger.session, "a") == workflow_id
+    assert ledger.hand_off("a") == workflow_id
     ledger.advance(10_000)
     assert ledger.claim() == []
 

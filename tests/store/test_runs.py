@@ -34,7 +34,7 @@ def test_a_run_closes_when_its_last_step_is_handed_off_and_not_before(ledger: Le
     assert ledger.close_if_quiet(workflow_id) is None
     ledger.succeed("b", token)
     assert ledger.close_if_quiet(workflow_id) is None
-    steps.hand_off(ledger.session, "b")
+    ledger.hand_off("b")
     assert ledger.close_if_quiet(workflow_id) == "SUCCESS"
     assert ledger.close_if_quiet(workflow_id) is None
 
@@ -61,8 +61,8 @@ def test_the_verdict_is_that_of_the_worst_step(ledger: Ledger, outcomes: tuple[s
             steps.drop(ledger.session, task_id, lease_token=ledger.acquire(task_id), error="{}")
         else:
             ledger.succeed(task_id, ledger.acquire(task_id))
-            steps.hand_off_failed(ledger.session, task_id, error=ERROR, interval=INTERVAL)
-            steps.give_up_hand_off(ledger.session, task_id)
+            ledger.break_hand_off(task_id)
+            ledger.give_up_hand_off(task_id)
     assert ledger.close_if_quiet(workflow_id) == verdict
 
 
@@ -135,7 +135,7 @@ def test_a_cancelled_run_stays_cancelled_when_its_last_step_is_handed_off(ledger
     runs.cancel(ledger.session, workflow_id)
     steps.cancel_batch(ledger.session, workflow_id, batch=10)
     for task_id in ("a", "b"):
-        assert steps.hand_off(ledger.session, task_id) == workflow_id
+        assert ledger.hand_off(task_id) == workflow_id
         assert ledger.close_if_quiet(workflow_id) is None
     assert ledger.run_status(workflow_id) == "CANCELLED"
 
@@ -191,11 +191,44 @@ def test_resume_queues_what_failed_and_nothing_else(ledger: Ledger) -> None:
     for task_id in ("bad", "poisoned"):
         row = ledger.row(task_id)
         assert (row.status, row.open, row.due, row.sent, row.error) == ("QUEUED", True, 0.0, False, None)
-        assert (row.lost, row.handoffs, row.fence, row.generation, row.message) == (0, 0, fence, 0, MESSAGE)
+        assert (row.lost, row.handoffs, row.fence, row.generation, row.message) == (0, 0, fence + 1, 0, MESSAGE)
     assert sorted(step.task_id for step in ledger.claim()) == ["bad", "poisoned"]
     ledger.finish("bad")
     ledger.finish("poisoned")
     assert ledger.run_status(workflow_id) == "SUCCESS"
+
+
+def test_who_was_about_to_hand_off_a_failure_hands_off_nothing_after_a_resume(ledger: Ledger) -> None:
+    workflow_id = ledger.start("a")
+    ledger.fail("a", ledger.acquire("a"))
+    stalled = ledger.row("a").fence
+    ledger.hand_off("a")  # by a relay
+    assert ledger.close_if_quiet(workflow_id) == "FAILED"
+    resume(ledger, workflow_id)
+    again = ledger.acquire("a")
+    for step_is in ("running", "succeeded"):
+        if step_is == "succeeded":
+            assert ledger.succeed("a", again)
+        before = ledger.row("a")
+        assert steps.hand_off(ledger.session, "a", fence=stalled) is None
+        assert ledger.row("a") == before, step_is
+        assert ledger.close_if_quiet(workflow_id) is None, "what follows from the success is not recorded yet"
+    assert ledger.hand_off("a") == workflow_id
+
+
+def test_who_was_about_to_give_up_a_hand_off_gives_up_none_after_a_resume(ledger: Ledger) -> None:
+    workflow_id = ledger.start("a")
+    ledger.succeed("a", ledger.acquire("a"), "5")
+    stalled = ledger.row("a").fence
+    ledger.break_hand_off("a")
+    ledger.give_up_hand_off("a")
+    assert ledger.close_if_quiet(workflow_id) == "FAILED"
+    resume(ledger, workflow_id)
+    before = ledger.row("a")
+    assert steps.hand_off_failed(ledger.session, "a", fence=stalled, error=ERROR, interval=INTERVAL) is None
+    assert steps.give_up_hand_off(ledger.session, "a", fence=stalled) is None
+    assert steps.hand_off(ledger.session, "a", fence=stalled) is None
+    assert ledger.row("a") == before
 
 
 def test_resume_keeps_the_generation_so_that_old_messages_stay_old(ledger: Ledger) -> None:
@@ -203,7 +236,7 @@ def test_resume_keeps_the_generation_so_that_old_messages_stay_old(ledger: Ledge
     token = ledger.acquire("a")
     ledger.record(workflow_id, ledger.step("a", generation=3), lease_token=token)
     ledger.fail("a", ledger.acquire("a", generation=3))
-    steps.hand_off(ledger.session, "a")
+    ledger.hand_off("a")
     ledger.close_if_quiet(workflow_id)
     resume(ledger, workflow_id)
     assert ledger.row("a").generation == 3
@@ -214,15 +247,15 @@ def test_resume_keeps_the_generation_so_that_old_messages_stay_old(ledger: Ledge
 def test_resume_repeats_a_hand_off_that_was_given_up_without_running_the_step(ledger: Ledger) -> None:
     workflow_id = ledger.start("a")
     ledger.succeed("a", ledger.acquire("a"), "5")
-    steps.hand_off_failed(ledger.session, "a", error=ERROR, interval=INTERVAL)
-    steps.give_up_hand_off(ledger.session, "a")
+    ledger.break_hand_off("a")
+    ledger.give_up_hand_off("a")
     assert ledger.close_if_quiet(workflow_id) == "FAILED"
     assert resume(ledger, workflow_id) == ["a"]
     row = ledger.row("a")
     assert (row.status, row.open, row.output, row.error, row.handoffs) == ("SUCCESS", True, "5", None, 0)
     got = ledger.ask("a")
     assert (got.verdict, got.output) == ("REPLAY", "5")
-    steps.hand_off(ledger.session, "a")
+    ledger.hand_off("a")
     assert ledger.close_if_quiet(workflow_id) == "SUCCESS"
 
 
@@ -230,7 +263,7 @@ def test_a_zombie_of_before_the_resume_is_no_owner(ledger: Ledger) -> None:
     workflow_id = ledger.start("a")
     token = ledger.acquire("a")
     ledger.fail("a", token)
-    steps.hand_off(ledger.session, "a")
+    ledger.hand_off("a")
     ledger.close_if_quiet(workflow_id)
     resume(ledger, workflow_id)
     before = ledger.row("a")

@@ -75,6 +75,7 @@ class Owner:
     generation: int
     token: UUID
     worker: UUID
+    fence: int
     said: str | None = None  # the outcome he has committed, or was told
 
     def __str__(self) -> str:
@@ -261,20 +262,21 @@ class LedgerMachine(RuleBasedStateMachine):
         expected = self.model.acquire(message.step, message.generation, token, worker, may_judge)
         assert got.verdict == expected, f"acquire {message}: {got.verdict}, not {expected}"
         note(f"  {got.verdict}")
+        fence = got.fence if got.fence is not None else -1
         if got.verdict == "EXECUTE":
             assert before in ("QUEUED", "RUNNING"), f"{message} was {before} and is executed"
             assert "SUCCESS" not in self.world.commits[message.step], f"{message} was committed and is executed"
             if got.touch:
                 runs.touch(self.ledger.session, self.workflow_id)
                 self.model.begin()
-            self.world.owners.append(Owner(message.step, message.generation, token, worker))
+            self.world.owners.append(Owner(message.step, message.generation, token, worker, fence))
         elif got.verdict in ("REPLAY", "POISONED"):
             said = self.model.steps[message.step].status
-            self.world.owners.append(Owner(message.step, message.generation, token, worker, said))
+            self.world.owners.append(Owner(message.step, message.generation, token, worker, fence, said))
         elif got.verdict == "PAUSED":
             assert self.ledger.park(self.id(message.step), self.workflow_id) == self.model.park(message.step)
         elif got.verdict == "CANCELLED":
-            self.end(message.step)
+            self.end(message.step, fence)
         return got.verdict
 
     def ask_again(self, owner: Owner) -> None:
@@ -296,7 +298,7 @@ class LedgerMachine(RuleBasedStateMachine):
             self.succeed(owner)
         for follower in FOLLOWERS[owner.step] if owner.said == "SUCCESS" else ():
             self.record(owner, follower, publish=True)
-        self.end(owner.step)
+        self.end(owner.step, owner.fence)
 
     # --- what an owner says; it is accepted if the table accepts it
 
@@ -332,7 +334,7 @@ class LedgerMachine(RuleBasedStateMachine):
             self.commit(owner, "SUCCESS")
         if taken:
             assert not self.world.commits[step], f"{step} was committed and is taken"
-            self.world.owners.append(Owner(step, 0, taking.lease_token, taking.worker_id))
+            self.world.owners.append(Owner(step, 0, taking.lease_token, taking.worker_id, fence=1))
 
     def fail(self, owner: Owner) -> None:
         accepted = self.ledger.fail(self.id(owner.step), owner.token)
@@ -366,11 +368,11 @@ class LedgerMachine(RuleBasedStateMachine):
         """A step is handed off by whoever committed or replays it, after what follows was recorded."""
         for step in FOLLOWERS[owner.step] if owner.said == "SUCCESS" else ():
             self.record(owner, step, publish=True)
-        self.end(owner.step, close)
+        self.end(owner.step, owner.fence, close)
 
-    def end(self, step: str, close: bool = True) -> None:
-        handed = steps.hand_off(self.ledger.session, self.id(step))
-        assert (handed is not None) == self.model.hand_off(step)
+    def end(self, step: str, fence: int, close: bool = True) -> None:
+        handed = steps.hand_off(self.ledger.session, self.id(step), fence=fence)
+        assert (handed is not None) == self.model.hand_off(step, fence)
         if close:
             self.close_if_quiet()
 
@@ -391,7 +393,7 @@ class LedgerMachine(RuleBasedStateMachine):
         for step in claimed if publish else ():
             name = step.task_id.removeprefix(self.prefix)
             if (step.was, step.status) == ("RUNNING", "FAILED") or step.status == "CANCELLED":
-                self.end(name)  # the relay announces it itself
+                self.end(name, step.fence)  # the relay announces it itself
             else:
                 self.send(name, step.generation, True)
 

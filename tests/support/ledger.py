@@ -19,7 +19,7 @@ from pgqrs_celery.store import clock, leases, recording, runs, steps
 from pgqrs_celery.store.clock import DueStep
 from pgqrs_celery.store.recording import Finished, NewStep
 from pgqrs_celery.store.runs import NewRun
-from pgqrs_celery.store.steps import Acquired
+from pgqrs_celery.store.steps import Acquired, BrokenHandOff
 from tests.support.waiting import wait_for
 
 Value = TypeVar("Value")
@@ -232,7 +232,21 @@ class Ledger:
 
     def fail(self, task_id: str, token: UUID, error: str = ERROR, session: Session | None = None) -> bool:
         """Write the owner's final error."""
-        return steps.fail(session or self.session, task_id, error=error, lease=LEASE, lease_token=token)
+        fence = steps.fail(session or self.session, task_id, error=error, lease=LEASE, lease_token=token)
+        return fence is not None
+
+    def hand_off(self, task_id: str, session: Session | None = None) -> int | None:
+        """End the hand-off of what was executed last."""
+        return steps.hand_off(session or self.session, task_id, fence=self.row(task_id).fence)
+
+    def break_hand_off(self, task_id: str, interval: float = INTERVAL) -> BrokenHandOff | None:
+        """Note that what follows from what was executed last could not be sent."""
+        fence = self.row(task_id).fence
+        return steps.hand_off_failed(self.session, task_id, fence=fence, error=ERROR, interval=interval)
+
+    def give_up_hand_off(self, task_id: str) -> int | None:
+        """Note that what follows from what was executed last never can be sent."""
+        return steps.give_up_hand_off(self.session, task_id, fence=self.row(task_id).fence)
 
     def finish(self, task_id: str, output: str = "1") -> None:
         """Execute one queued step from beginning to end."""
@@ -242,14 +256,14 @@ class Ledger:
     def succeed_and_hand_off(self, task_id: str, output: str = "1") -> int:
         """Execute one queued step, but do not look whether its run is quiet; returns the run."""
         assert self.succeed(task_id, self.acquire(task_id), output)
-        workflow_id = steps.hand_off(self.session, task_id)
+        workflow_id = self.hand_off(task_id)
         assert workflow_id is not None
         return workflow_id
 
     def fail_and_hand_off(self, task_id: str) -> int:
         """Let one queued step fail for good, without the look; returns its run."""
         assert self.fail(task_id, self.acquire(task_id))
-        workflow_id = steps.hand_off(self.session, task_id)
+        workflow_id = self.hand_off(task_id)
         assert workflow_id is not None
         return workflow_id
 

@@ -215,9 +215,9 @@ class Model:
         s.status, s.open, s.due, s.has_message, s.has_error = "CANCELLED", False, None, False, True
         return True
 
-    def hand_off(self, task_id: str) -> bool:
+    def hand_off(self, task_id: str, fence: int) -> bool:
         s = self.steps[task_id]
-        if not s.open or s.unfinished:
+        if not s.open or s.unfinished or s.fence != fence:
             return False
         s.open, s.due = False, None
         if s.status == "SUCCESS":
@@ -326,7 +326,8 @@ class Model:
     def resume(self) -> set[str]:
         resumed = {task_id for task_id, s in self.steps.items() if s.status == "FAILED"}
         for task_id in resumed:
-            self.steps[task_id].queue(self.now, open=True, lost=0, handoffs=0, looks=0, sent=False, has_error=False)
+            s = self.steps[task_id]
+            s.queue(self.now, fence=s.fence + 1, open=True, lost=0, handoffs=0, looks=0, sent=False, has_error=False)
         self.status = "RUNNING"
         return resumed
 

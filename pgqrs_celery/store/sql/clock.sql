@@ -34,7 +34,7 @@ UPDATE {schema}.pgqrs_workflow_steps s
  WHERE s.workflow_id = d.workflow_id AND s.step_id = d.step_id
 RETURNING s.workflow_id, s.step_id, s.task_id, s.task_name, d.was, s.status, d.was_sent AS sent_at,
           {schema}.pgqrs_now() AS now, s.queue, s.message, s.looks, s.handoffs, s.lost, s.error, s.generation,
-          s.undo IS NOT DISTINCT FROM 'due' AS undoing;
+          s.fence, s.undo IS NOT DISTINCT FROM 'due' AS undoing;
 
 -- resent: note that lost messages have been published again.
 UPDATE {schema}.pgqrs_workflow_steps

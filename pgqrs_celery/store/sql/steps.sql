@@ -163,9 +163,9 @@ UPDATE {schema}.pgqrs_workflow_steps
         OR status = 'CANCELLED' AND open)
    -- Nobody but its owner ends the execution that undoes a function.
    AND (undo IS DISTINCT FROM 'due' OR status = 'CANCELLED' OR lease_token = %(lease_token)s)
-RETURNING workflow_id;
+RETURNING fence;
 
--- hand_off: everything that follows from a finished step has happened.
+-- hand_off: everything that follows from a step that was finished under this fence has happened.
 UPDATE {schema}.pgqrs_workflow_steps s
    SET open = false, due_at = NULL,
        message = CASE WHEN s.status = 'SUCCESS' THEN NULL ELSE s.message END,
@@ -173,6 +173,7 @@ UPDATE {schema}.pgqrs_workflow_steps s
        updated_at = {schema}.pgqrs_now()
   FROM (SELECT set_config('synchronous_commit', 'off', true)) AS c
  WHERE s.task_id = %(task_id)s AND s.open::int = 1 AND s.status IN ('SUCCESS', 'FAILED', 'CANCELLED')
+   AND s.fence = %(fence)s
 RETURNING s.workflow_id;
 
 -- succeed_and_hand_off: commit a step's result when nothing durable follows from it, and end its hand-off with that.
@@ -190,17 +191,17 @@ SELECT workflow_id FROM {schema}.pgqrs_workflow_steps
 UPDATE {schema}.pgqrs_workflow_steps
    SET error = %(error)s::json, updated_at = {schema}.pgqrs_now(), lease_token = NULL,
        due_at = {schema}.pgqrs_now() + make_interval(secs => %(interval)s)
- WHERE task_id = %(task_id)s AND status = 'SUCCESS' AND open::int = 1
-RETURNING workflow_id, step_id, handoffs + 1, output;
+ WHERE task_id = %(task_id)s AND status = 'SUCCESS' AND open::int = 1 AND fence = %(fence)s
+RETURNING workflow_id, step_id, fence, handoffs + 1, output;
 
 -- give_up_hand_off: what follows from a successful step cannot happen; the step stays as it is, to be resumed.
 UPDATE {schema}.pgqrs_workflow_steps s
    SET open = false, due_at = NULL, updated_at = {schema}.pgqrs_now()
- WHERE s.task_id = %(task_id)s AND s.open::int = 1 AND s.status = 'SUCCESS'
+ WHERE s.task_id = %(task_id)s AND s.open::int = 1 AND s.status = 'SUCCESS' AND s.fence = %(fence)s
 RETURNING s.workflow_id;
 
 -- peek: the present state of one step.
-SELECT s.workflow_id, s.step_id, s.status, s.open, s.generation, s.lease_token, s.output, s.error,
+SELECT s.workflow_id, s.step_id, s.status, s.open, s.generation, s.fence, s.lease_token, s.output, s.error,
        w.status AS run_status
   FROM {schema}.pgqrs_workflow_steps s JOIN {schema}.pgqrs_workflows w ON w.workflow_id = s.workflow_id
  WHERE s.task_id = %(task_id)s;
@@ -235,10 +236,12 @@ RETURNING s.task_id, s.message;
 SELECT count(*) FROM {schema}.pgqrs_workflow_steps
  WHERE workflow_id = %(workflow_id)s AND status IN ('QUEUED', 'RUNNING', 'PAUSED') AND undo IS DISTINCT FROM 'due';
 
--- resume: queue again what failed, and repeat the hand-offs that were given up.
+-- resume: queue again what failed, and repeat the hand-offs that were given up. Whoever was about to end a hand-off of
+-- before ends none of after: the fence is another one.
 UPDATE {schema}.pgqrs_workflow_steps
    SET status = CASE status WHEN 'SUCCESS' THEN 'SUCCESS' ELSE 'QUEUED' END,
-       open = true, lost = 0, handoffs = 0, looks = 0, lease_token = NULL, worker_id = NULL, error = NULL,
+       open = true, fence = fence + 1, lost = 0, handoffs = 0, looks = 0,
+       lease_token = NULL, worker_id = NULL, error = NULL,
        undo = CASE WHEN undo IS NOT NULL THEN 'possible' END,
        sent_at = NULL, completed_at = CASE status WHEN 'SUCCESS' THEN completed_at END,
        due_at = {schema}.pgqrs_now(), updated_at = {schema}.pgqrs_now()
