@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from celery import chain
+from celery import chain, states
 
 from pgqrs_celery import Status
 from tests.support.fleet import PATIENCE, Fleet
@@ -74,3 +74,28 @@ def test_a_zombie_s_hand_off_starts_nothing_a_second_time(fleet: Fleet, point: s
     # On one Postgres what follows from a step is sent in its own transaction: until that is over the step is not.
     twice = fleet.broker == "postgres" and point != "after_hand_off_before_ack"
     fleet.expect({links[0].id: 1, links[1].id: 1 + twice, links[2].id: 1, callback.id: 1})
+
+
+@pytest.mark.parametrize("fleet", ["brief_redis"], indirect=True)
+def test_a_failure_s_zombie_does_not_end_the_hand_off_of_what_was_executed_after_a_resume(fleet: Fleet) -> None:
+    points, fickle = fleet.scenario.points, named(fleet.tasks.fickle.s([], "a", first="fail"))
+    with points.arm("after_consequences_before_hand_off", fickle.id) as failing:
+        result = fickle.delay()
+        zombie = fleet.owner(failing.wait())
+        zombie.freeze()
+        try:
+            run = fleet.ended(fickle.id)  # somebody else has repeated the hand-off
+            assert run.status is Status.FAILED
+            with points.arm("after_next_link_before_result", fickle.id) as succeeding:
+                run.resume()
+                second = succeeding.wait()
+                zombie.thaw()
+                failing.release()
+                wait_for(lambda: "raised unexpected" in zombie.output(), PATIENCE, "the zombie to finish")
+                fleet.kill("worker", second)
+        finally:
+            zombie.thaw()
+    wait_for(lambda: result.state == states.SUCCESS, PATIENCE, "the result of the second execution")
+    assert result.get(timeout=PATIENCE) == ["a"]
+    assert fleet.ended(fickle.id).status is Status.SUCCESS
+    fleet.expect({fickle.id: 2})

@@ -78,7 +78,7 @@ def fail_first_step(run: WorkflowRun, error: Exception) -> None:
     guard = StepGuard.acquire(ledger, step.task_id).guard
     assert guard is not None
     assert guard.fail(error_text(run.pgqrs.app.backend, error))
-    hand_off(ledger, guard.task_id)
+    hand_off(ledger, guard.task_id, guard.fence)
 
 
 def rows(result: Result) -> list[dict[str, str]]:

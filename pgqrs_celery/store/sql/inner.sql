@@ -123,9 +123,9 @@ UPDATE {schema}.pgqrs_workflow_steps
 
 -- tasks_again: queue a failed task of a function again, with those that it has sent itself.
 UPDATE {schema}.pgqrs_workflow_steps s
-   SET status = 'QUEUED', open = true, lost = 0, handoffs = 0, looks = 0, lease_token = NULL, worker_id = NULL,
-       undo = CASE WHEN s.undo IS NOT NULL THEN 'possible' END, error = NULL, sent_at = NULL, completed_at = NULL, due_at = {schema}.pgqrs_now(),
-       updated_at = {schema}.pgqrs_now()
+   SET status = 'QUEUED', open = true, fence = s.fence + 1, lost = 0, handoffs = 0, looks = 0,
+       lease_token = NULL, worker_id = NULL, undo = CASE WHEN s.undo IS NOT NULL THEN 'possible' END,
+       error = NULL, sent_at = NULL, completed_at = NULL, due_at = {schema}.pgqrs_now(), updated_at = {schema}.pgqrs_now()
  WHERE s.workflow_id = %(workflow_id)s AND (s.task_id = %(task_id)s OR starts_with(s.step_id, %(prefix)s))
    AND s.kind = 'inner' AND s.status = 'FAILED' AND s.message IS NOT NULL
 RETURNING {schema}.pgqrs_call_relays(s.app);
