@@ -38,8 +38,8 @@ WORKERS = (UUID(int=1), UUID(int=2))
 TOKENS = UUID("00000000-0000-5000-8000-000000000000")
 BEGINNING = datetime(2030, 1, 1, tzinfo=UTC)
 
-#: The same choices every time, as long as the same modules are loaded: Hypothesis also tries numbers it finds in them. A
-#: longer search is one setting away.
+#: The same choices every time, as long as the same modules are loaded: Hypothesis also tries numbers it finds in them.
+#: A longer search is one setting away.
 SETTINGS = settings(
     max_examples=150,
     stateful_step_count=40,
