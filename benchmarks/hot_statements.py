@@ -70,12 +70,12 @@ class Side:
                 finished=Finished(first, "42"),
             )
         with self.timed("hand off"):
-            steps.hand_off(self.session, first)
+            steps.hand_off(self.session, first, fence=1)
         token = uuid4()
         self.acquire(second, token)
         with self.timed("succeed"):
             steps.succeed(self.session, second, lease_token=token, output="42")
-        steps.hand_off(self.session, second)
+        steps.hand_off(self.session, second, fence=1)
         with self.timed("look and close the run"):
             assert runs.close_if_quiet(self.session, workflow_id) == "SUCCESS"
         with self.timed("relay: what is due"):

@@ -40,6 +40,9 @@ POSTGRES_SETTINGS = {
     "max_wal_senders": "0",
 }
 
+#: Bytes; the servers of a whole session take about half of it.
+MEMORY_NEEDED = 4 << 30
+
 _DATABASES = 4096
 _PREFIX = f"pgqrs-tests-{os.getuid()}-"
 _session_lock = pytest.StashKey[FileLock]()
@@ -48,7 +51,7 @@ _session_lock = pytest.StashKey[FileLock]()
 def pytest_configure(config: pytest.Config) -> None:
     if hasattr(config, "workerinput"):  # an xdist worker
         return
-    home = embedded.new_directory(_PREFIX)
+    home = embedded.new_directory(_PREFIX, parent=_memory())
     lock = FileLock.try_exclusive(home / "session.lock")
     assert lock is not None
     config.stash[_session_lock] = lock
@@ -66,6 +69,12 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     if lock is not None:
         _remove(lock.path.parent)
         lock.close()
+
+
+def _memory() -> Path | None:
+    """Return a file system in memory for what the servers write, if there is one: a schema is a hundred files."""
+    shared = Path("/dev/shm")
+    return shared if shared.is_dir() and shutil.disk_usage(shared).free >= MEMORY_NEEDED else None
 
 
 def _remove_abandoned(parent: Path) -> None:

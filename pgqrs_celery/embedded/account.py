@@ -79,17 +79,18 @@ def make_directory(path: Path, *, passable: bool) -> None:
     path.chmod(0o711 if passable else 0o700)
 
 
-def new_directory(prefix: str = "pgqrs-") -> Path:
+def new_directory(prefix: str = "pgqrs-", *, parent: Path | None = None) -> Path:
     """A new, empty directory that a server can live in: for demos and tests, who also remove it.
 
-    A plain ``tempfile.mkdtemp()`` is closed to the account that Postgres runs as when the caller is root.
+    It is made in ``parent``, else where temporary files go. A plain ``tempfile.mkdtemp()`` is closed to the account
+    that Postgres runs as when the caller is root.
     """
     account = server_account(None)
     if account is None:
-        return Path(tempfile.mkdtemp(prefix=prefix))
-    for parent in dict.fromkeys((tempfile.gettempdir(), "/tmp", "/var/tmp")):
-        if Path(parent).is_dir() and unreachable(Path(parent), account) is None:
-            path = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+        return Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+    for candidate in dict.fromkeys((parent, Path(tempfile.gettempdir()), Path("/tmp"), Path("/var/tmp"))):
+        if candidate is not None and candidate.is_dir() and unreachable(candidate, account) is None:
+            path = Path(tempfile.mkdtemp(prefix=prefix, dir=candidate))
             path.chmod(0o711)
             return path
     raise EmbeddedUnavailable(f"no temporary directory can be entered by user {account.name!r}; set TMPDIR")

@@ -105,7 +105,7 @@ COMMENT ON TABLE {schema}.pgqrs_waiters IS 'which LISTEN channel wants to hear o
 
 CREATE INDEX pgqrs_waiters_channel ON {schema}.pgqrs_waiters (channel);
 
--- Store a plain task's result, commit, then tell who waits for it: one statement of the client's, two transactions. The
+-- Store a task's result, commit, then tell who waits for it: one statement of the client's, two transactions. The
 -- look for waiters needs a snapshot taken after the commit, and no NOTIFY may be in the transaction that waits for the
 -- disk (see store/waiters.py).
 CREATE PROCEDURE {schema}.pgqrs_store_result(

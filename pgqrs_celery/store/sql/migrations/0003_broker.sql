@@ -78,24 +78,33 @@ COMMENT ON TABLE {schema}.pgqrs_broadcasts IS 'messages of volatile queues: remo
 CREATE INDEX pgqrs_broadcasts_queue ON {schema}.pgqrs_broadcasts (queue, priority DESC, broadcast_id);
 
 CREATE UNLOGGED TABLE {schema}.pgqrs_consumers (
-  consumer_id   uuid PRIMARY KEY,
-  lock_key      bigint,
-  hostname      text NOT NULL,
-  pid           integer NOT NULL,
-  queues        text[] NOT NULL DEFAULT '{}',
-  asleep        boolean NOT NULL DEFAULT false,
-  started_at    timestamptz NOT NULL DEFAULT {schema}.pgqrs_now(),
-  seen_at       timestamptz NOT NULL DEFAULT {schema}.pgqrs_now(),
-  dead_at       timestamptz
+  consumer_id        uuid PRIMARY KEY,
+  lock_key           bigint,
+  hostname           text NOT NULL,
+  pid                integer NOT NULL,
+  queues             text[] NOT NULL DEFAULT '{}',
+  asleep             boolean NOT NULL DEFAULT false,
+  started_at         timestamptz NOT NULL DEFAULT {schema}.pgqrs_now(),
+  seen_at            timestamptz NOT NULL DEFAULT {schema}.pgqrs_now(),
+  dead_at            timestamptz,
+  server_started_at  timestamptz DEFAULT pg_postmaster_start_time(),
+  lease              double precision NOT NULL DEFAULT 30,
+  nap                bigint NOT NULL DEFAULT 0
 ) WITH (fillfactor = 50, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 500);
 
 COMMENT ON TABLE {schema}.pgqrs_consumers IS 'one row per connection that consumes; gone after a crash of the server, and made anew';
 COMMENT ON COLUMN {schema}.pgqrs_consumers.lock_key IS 'the advisory lock its session holds; NULL behind a pooler';
 COMMENT ON COLUMN {schema}.pgqrs_consumers.asleep IS 'it has seen nothing to do and wants to be notified';
+COMMENT ON COLUMN {schema}.pgqrs_consumers.server_started_at IS 'when the server was started that the consumer registered with';
+COMMENT ON COLUMN {schema}.pgqrs_consumers.lease IS 'seconds for which it leases a message';
+COMMENT ON COLUMN {schema}.pgqrs_consumers.nap IS 'how often it has fallen asleep, by its own count';
 
--- One message, one round trip: insert it, commit, and only then look who sleeps. The look needs a snapshot taken after
--- the commit, or a consumer that falls asleep at the same moment would be overlooked; and a NOTIFY within the durable
--- transaction would hold a lock of the whole server while the disk is written to.
+-- Naps are numbered by the consumer, and a message handed to a sleeper says in which nap it was found. A notification may
+-- come late, when the consumer has looked, found nothing and fallen asleep again: then it knows that it passes for asleep.
+
+-- One message, one round trip: insert it, commit, and only then look who sleeps. The look needs a snapshot taken after the
+-- commit: a consumer that says it sleeps, and then looks once more, sees the message or is seen.
+-- A notification holds 7999 bytes at most, and behind a pooler (no lock) none arrives: such messages are claimed as ever.
 CREATE PROCEDURE {schema}.pgqrs_put(
   in_message_id uuid, in_queue text, in_priority integer, in_visible_at timestamptz, in_ttl double precision,
   in_headers text, in_properties text, in_body bytea, in_wake boolean, in_look_interval double precision,
@@ -105,6 +114,11 @@ AS $$
 DECLARE
   waits_until timestamptz := CASE WHEN in_visible_at > {schema}.pgqrs_now() THEN in_visible_at END;
   ttl double precision;
+  sleeper uuid;
+  listens boolean;
+  its_lease double precision;
+  its_nap bigint;
+  handed text;
 BEGIN
   SELECT q.volatile, q.message_ttl INTO volatile, ttl FROM {schema}.pgqrs_queues q WHERE q.name = in_queue;
   ttl := least(in_ttl, ttl);
@@ -131,10 +145,29 @@ BEGIN
          FROM {schema}.pgqrs_consumers c
         WHERE in_queue = ANY(c.queues) AND c.dead_at IS NULL;
     END IF;
-  ELSE
-    PERFORM pg_notify('pgqrs_' || replace(s.consumer_id::text, '-', ''), 'ready')
-       FROM {schema}.pgqrs_rouse(in_queue, 1) AS s;
+    RETURN;
   END IF;
+  SELECT s.consumer_id, c.lock_key IS NOT NULL, c.lease, c.nap
+    INTO sleeper, listens, its_lease, its_nap
+    FROM {schema}.pgqrs_rouse(in_queue, 1) AS s JOIN {schema}.pgqrs_consumers c USING (consumer_id);
+  IF sleeper IS NULL THEN
+    RETURN;
+  END IF;
+  IF listens AND octet_length(in_queue) + octet_length(in_headers) + octet_length(in_properties)
+     + octet_length(in_body) / 54 * 73 + 300 < 7999 AND strpos(in_queue, chr(31)) = 0 THEN
+    UPDATE {schema}.pgqrs_messages m
+       SET leased_until = {schema}.pgqrs_now() + make_interval(secs => its_lease), leased_by = sleeper,
+           deliveries = m.deliveries + 1
+      FROM (SELECT c.message_id
+              FROM {schema}.pgqrs_messages c
+             WHERE c.message_id = in_message_id AND c.visible_at IS NULL AND c.leased_by IS NULL
+               FOR NO KEY UPDATE SKIP LOCKED) AS free
+     WHERE m.message_id = free.message_id
+    RETURNING concat_ws(chr(31), its_nap, m.message_id, m.position, m.queue, m.priority, m.deliveries, m.lost,
+                        m.headers, m.properties, encode(m.body, 'base64'))
+      INTO handed;
+  END IF;
+  PERFORM pg_notify('pgqrs_' || replace(sleeper::text, '-', ''), coalesce(handed, 'ready'));
 END $$;
 
 -- Up to so many sleepers of a queue, not asleep any more.
@@ -154,12 +187,12 @@ AS $$
 $$;
 
 -- Falling asleep: say so, commit, and only then look once more whether there is something to do.
-CREATE PROCEDURE {schema}.pgqrs_doze(in_consumer_id uuid, in_queues text[], INOUT ready boolean)
+CREATE PROCEDURE {schema}.pgqrs_doze(in_consumer_id uuid, in_queues text[], in_nap bigint, INOUT ready boolean)
 LANGUAGE plpgsql
 AS $$
 BEGIN
   PERFORM set_config('synchronous_commit', 'off', true);
-  UPDATE {schema}.pgqrs_consumers SET asleep = true WHERE consumer_id = in_consumer_id;
+  UPDATE {schema}.pgqrs_consumers SET asleep = true, nap = in_nap WHERE consumer_id = in_consumer_id;
   COMMIT;
   SELECT EXISTS (SELECT
                    FROM unnest(in_queues) AS q (name)
