@@ -41,7 +41,7 @@ EXTRAS = {
 }
 
 #: Four at a time on two cores: tests of whole workers wait as much as they compute.
-PARALLEL = ["-n", "4", "--dist", "worksteal"]
+PARALLEL = ["-n", "6", "--dist", "worksteal"]
 
 LINTERS = [["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"], ["lint-imports"]]
 

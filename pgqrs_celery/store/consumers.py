@@ -21,6 +21,7 @@ __all__ = [
     "register",
     "remove",
     "tell",
+    "touch",
     "wake",
     "wake_up",
     "watch",
@@ -154,6 +155,11 @@ def hail(session: Session) -> None:
     session.row("consumers.hail")
 
 
+def touch(session: Session, consumer_id: UUID) -> None:
+    """Note that a consumer lives; comes before its ``watch``."""
+    session.run("consumers.touch", {"consumer_id": consumer_id})
+
+
 def watch(
     session: Session,
     consumer_id: UUID,
@@ -163,7 +169,6 @@ def watch(
     suspects: Sequence[UUID],
     judge: bool,
     settled: bool = False,
-    lease: float,
     wide: bool = False,
     watched_apps: Sequence[str] = (),
 ) -> Sight:
@@ -185,7 +190,6 @@ def watch(
             "suspects": list(suspects),
             "judge": judge,
             "settled": settled,
-            "lease": lease,
             "near": ALL if wide else NEAR,
             "apps": list(watched_apps),
         },

@@ -11,17 +11,22 @@ import mmap
 import os
 import select
 import struct
-import zlib
 from collections.abc import Iterable
 from contextlib import suppress
+from functools import lru_cache
+from hashlib import blake2b
 from typing import Final
 
 __all__ = ["Bell", "inherited", "lend"]
 
-#: One byte for "there is news", eight for the set of consumed queues.
+#: One byte for "there is news"; the number of consumed queues, and eight bytes for each.
 NEWS: Final = 0
-QUEUES: Final = struct.Struct("Q")
-QUEUES_AT: Final = 8
+COUNT: Final = struct.Struct("Q")
+COUNT_AT: Final = 8
+QUEUES_AT: Final = COUNT_AT + COUNT.size
+DIGEST: Final = 8
+#: Whoever consumes more queues is woken by a NOTIFY for what comes to the rest of them.
+MOST_QUEUES: Final = (mmap.PAGESIZE - QUEUES_AT) // DIGEST
 
 
 class Bell:
@@ -61,20 +66,22 @@ class Bell:
             elif select.select([self._read], [], [], 0)[0]:
                 os.read(self._read, 4096)
         news = bool(self._page[NEWS])
-        self._page[NEWS] = 0
+        if news:  # else somebody may set it at this moment, whose ring is still to come
+            self._page[NEWS] = 0
         return news
 
     def listen_for(self, addresses: Iterable[str]) -> None:
         """Say which queues the owner consumes."""
-        mask = 0
-        for address in addresses:
-            mask |= _bit(address)
-        QUEUES.pack_into(self._page, QUEUES_AT, mask)
+        digests = b"".join([_digest(address) for address in addresses][:MOST_QUEUES])
+        COUNT.pack_into(self._page, COUNT_AT, 0)  # another process may be reading: it finds too few, never a wrong one
+        self._page[QUEUES_AT : QUEUES_AT + len(digests)] = digests
+        COUNT.pack_into(self._page, COUNT_AT, len(digests) // DIGEST)
 
-    def hears(self, addresses: Iterable[str]) -> bool:
-        """Return whether the owner consumes all these queues; one time in many it is mistaken."""
-        (mask,) = QUEUES.unpack_from(self._page, QUEUES_AT)
-        return mask != 0 and all(mask & _bit(address) for address in addresses)
+    def hears(self, address: str) -> bool:
+        """Return whether the owner consumes this queue."""
+        (count,) = COUNT.unpack_from(self._page, COUNT_AT)
+        wanted, end = _digest(address), QUEUES_AT + count * DIGEST
+        return any(self._page[at : at + DIGEST] == wanted for at in range(QUEUES_AT, end, DIGEST))
 
     def close(self) -> None:
         """Close the descriptors of a bell that is not the process's own."""
@@ -83,8 +90,9 @@ class Bell:
             os.close(self._write)
 
 
-def _bit(address: str) -> int:
-    return 1 << (zlib.crc32(address.encode()) & 63)
+@lru_cache(maxsize=1024)
+def _digest(address: str) -> bytes:
+    return blake2b(address.encode(), digest_size=DIGEST).digest()
 
 
 _own = Bell()

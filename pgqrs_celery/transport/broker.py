@@ -132,7 +132,7 @@ class Broker:
 
     def near(self, queue: str) -> bell.Bell | None:
         """Return the bell of a consumer of the queue in this process or its parent."""
-        address = (self.address(queue),)
+        address = self.address(queue)
         return next((b for b in (bell.inherited(), bell.own()) if b is not None and b.hears(address)), None)
 
 

@@ -75,6 +75,8 @@ class Keeper:
         self._answered = 0
         self._watched = False
         self._looked_at = 0.0
+        #: When the database was last told that the consumer lives.
+        self._touched_at = float("-inf")
         self._due_at: float | None = None
         self._session_since = time.monotonic()
         #: When neighbours may be judged whose locks the server has not forgotten.
@@ -271,6 +273,9 @@ class Keeper:
         self._watched, alarms = False, self._alarms
         judge = self._locked and began - self._session_since > lease
         settled = self._locked and began >= self._settled_at
+        if began - self._touched_at >= lease / 3:
+            self._broker.call(lambda session: consumers.touch(session, receiver.consumer_id))
+            self._touched_at = began
         sight: Sight = self._broker.call(
             lambda session: consumers.watch(
                 session,
@@ -280,7 +285,6 @@ class Keeper:
                 suspects=[one for one, since in self._suspects.items() if began - since >= SUSPICION],
                 judge=judge,
                 settled=settled,
-                lease=lease,
                 wide=alarms > self._answered or bool(self._suspects),
                 watched_apps=lookout.watched(),
             )

@@ -14,7 +14,7 @@ __all__ = ["Sleep"]
 class Sleep:
     """The sleep of one consumer."""
 
-    __slots__ = ("_nap", "must_rise", "since")
+    __slots__ = ("_found", "_nap", "must_rise", "since")
 
     def __init__(self) -> None:
         #: Since when the database knows that the consumer sleeps; None where it does not.
@@ -22,6 +22,8 @@ class Sleep:
         #: Whether the consumer has something to hand out, and the database may still take it for asleep.
         self.must_rise = False
         self._nap = 0
+        #: The last nap in which somebody has found the consumer.
+        self._found = 0
 
     def begin(self) -> int:
         """Begin another nap, and return its number."""
@@ -29,8 +31,9 @@ class Sleep:
         return self._nap
 
     def began(self) -> None:
-        """The database has it."""
-        self.since = time.monotonic()
+        """The database has it. Somebody may have found the consumer at once, and been heard before this answer."""
+        if self._found != self._nap:
+            self.since = time.monotonic()
 
     def end(self) -> None:
         """The database is told that the consumer is awake, or has forgotten it."""
@@ -39,7 +42,7 @@ class Sleep:
     def found(self, nap: int) -> None:
         """Somebody has found the consumer in a nap, woken it and given it something."""
         if nap == self._nap:
-            self.since = None
+            self.since, self._found = None, nap
         else:
             self.must_rise = True
 

@@ -524,7 +524,7 @@ def test_a_consumer_is_watched_while_its_company_are_workers_of_watched_apps(ses
 
 
 def watch(session: Session, consumer: UUID = ME, **options: Any) -> consumers.Sight:
-    given = {"queues": ["q"], "volatile": [], "suspects": [], "judge": True, "lease": LEASE} | options
+    given = {"queues": ["q"], "volatile": [], "suspects": [], "judge": True} | options
     return consumers.watch(session, consumer, **given)
 
 

@@ -70,12 +70,15 @@ SELECT pg_notify('pgqrs_' || replace(consumer_id::text, '-', ''), 'look')
   FROM {schema}.pgqrs_consumers
  WHERE dead_at IS NULL;
 
+-- touch: a consumer lives. A statement of its own, before the consumer looks around: a publisher does not find a sleeper
+-- whose row is locked, and what he has published is seen by that look.
+UPDATE {schema}.pgqrs_consumers
+   SET seen_at = {schema}.pgqrs_now()
+  FROM (SELECT set_config('synchronous_commit', 'off', true)) AS c
+ WHERE consumer_id = %(consumer_id)s;
+
 -- watch: what a consumer has to know: is there work, when is the next ETA due, who has died, who listens.
-WITH me AS (
-  UPDATE {schema}.pgqrs_consumers SET seen_at = {schema}.pgqrs_now()
-    FROM (SELECT set_config('synchronous_commit', 'off', true)) AS c
-   WHERE consumer_id = %(consumer_id)s AND seen_at < {schema}.pgqrs_now() - make_interval(secs => %(lease)s / 3)
-), judged AS NOT MATERIALIZED (
+WITH judged AS NOT MATERIALIZED (
   SELECT c.consumer_id, c.lock_key
     FROM {schema}.pgqrs_consumers c
    WHERE c.dead_at IS NULL AND (%(judge)s OR %(settled)s AND c.server_started_at = pg_postmaster_start_time())
