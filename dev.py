@@ -40,7 +40,7 @@ EXTRAS = {
     "conformance": ["conformance"],
 }
 
-#: Four at a time on two cores: tests of whole workers wait as much as they compute.
+#: Six at a time on two cores: tests of whole workers wait as much as they compute.
 PARALLEL = ["-n", "6", "--dist", "worksteal"]
 
 LINTERS = [["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"], ["lint-imports"]]

@@ -31,6 +31,8 @@ LOOK: Final = "AS registered"
 #: Looks of each keeper that are measured over, and the seconds between two of them at which it certainly rests.
 ROUNDS: Final = 3
 RESTING: Final = 5.0
+#: Seconds; statements that are not further apart are of one look.
+TOGETHER: Final = 0.5
 #: The settings' lease, after which nobody has to be given time to come back; then some looks.
 PATIENCE: Final = 100.0
 
@@ -77,9 +79,10 @@ class Server:
         return any(other - one > RESTING for one, other in pairwise(looks))
 
     def looks_of(self, consumer: str) -> list[float]:
-        """When statements were sent that name a consumer: while it sleeps these are the looks of its keeper."""
+        """When statements were sent that name a consumer: while it sleeps its keeper says that it lives, and looks."""
         found = re.findall(rf"^@([\d.]+) \d+ DETAIL:  .*{consumer}", self.log(), re.MULTILINE)
-        return [float(at) for at in found]
+        moments = [float(at) for at in found]
+        return [at for before, at in pairwise([0.0, *moments]) if at - before > TOGETHER]
 
     def consumer(self, pid: int) -> str:
         """The consumer of a worker."""
