@@ -314,13 +314,14 @@ class LedgerBackend:
         running = execution.of_request(request)
         if running is not None and running.phase is not Phase.SUPERSEDED:
             return None
+
+        def give_back(session: Session) -> int | None:
+            return 0 if bereave(session, self.ledger, task_id, counted=False) else None
+
         gives_back = running is None and not getattr(request, "is_eager", False) and self.ledger.worker_id is not None
-        if gives_back and self._main_process(self._give_back(task_id), task_id) is None:
+        if gives_back and self._main_process(give_back, task_id) is None:
             return None
         return self.wrapped.mark_as_retry(task_id, exc, traceback, request, store_result, state)
-
-    def _give_back(self, task_id: str) -> Callable[[Session], int | None]:
-        return lambda session: 0 if bereave(session, self.ledger, task_id, counted=False) else None
 
     def mark_as_revoked(
         self,

@@ -216,9 +216,7 @@ def fail(
     )
     if row is not None or lease_token is None:
         return row[0] if row else None
-    found = peek(session, task_id)
-    ours = found is not None and found.status == "FAILED" and found.lease_token == lease_token
-    return found.fence if found is not None and ours else None
+    return _fence_of(session, task_id, "FAILED", lease_token)
 
 
 def undo_first(session: Session, task_id: str, *, error: str, generation: int, worker_id: UUID | None = None) -> bool:
@@ -237,8 +235,12 @@ def undo_first(session: Session, task_id: str, *, error: str, generation: int, w
 
 def finished_as(session: Session, task_id: str, status: str, lease_token: UUID) -> bool:
     """Return whether a step already has this status under this token."""
+    return _fence_of(session, task_id, status, lease_token) is not None
+
+
+def _fence_of(session: Session, task_id: str, status: str, lease_token: UUID) -> int | None:
     row = peek(session, task_id)
-    return row is not None and row.status == status and row.lease_token == lease_token
+    return row.fence if row is not None and (row.status, row.lease_token) == (status, lease_token) else None
 
 
 def give_back(session: Session, task_id: str, *, lease_token: UUID) -> bool:

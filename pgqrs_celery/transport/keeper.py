@@ -75,8 +75,8 @@ class Keeper:
         self._answered = 0
         self._watched = False
         self._looked_at = 0.0
-        #: When the database was last told that the consumer lives.
-        self._touched_at = float("-inf")
+        #: When the database was last told that the consumer lives; it is entered presently.
+        self._touched_at = time.monotonic()
         self._due_at: float | None = None
         self._session_since = time.monotonic()
         #: When neighbours may be judged whose locks the server has not forgotten.

@@ -101,7 +101,7 @@ COMMENT ON COLUMN {schema}.pgqrs_consumers.nap IS 'how often it has fallen aslee
 
 -- Naps are numbered by the consumer, and a message handed to a sleeper says in which nap it was found. A notification may
 -- come late, when the consumer has looked, found nothing and fallen asleep again: then it knows that it passes for asleep.
-
+--
 -- One message, one round trip: insert it, commit, and only then look who sleeps. The look needs a snapshot taken after the
 -- commit: a consumer that says it sleeps, and then looks once more, sees the message or is seen.
 -- A notification holds 7999 bytes at most, and behind a pooler (no lock) none arrives: such messages are claimed as ever.

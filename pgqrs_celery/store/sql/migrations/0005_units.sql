@@ -63,6 +63,42 @@ BEGIN
   END IF;
 END $$;
 
+-- How both units of work begin: the step succeeds and is handed off, where the token is still its own; its own message
+-- ends in any case. Returns the run, null where somebody else has the step.
+CREATE FUNCTION {schema}.pgqrs_succeed(
+  the_task text, the_token uuid, the_output json, own_message uuid, moment timestamptz) RETURNS bigint
+LANGUAGE plpgsql
+AS $$
+DECLARE
+  the_run bigint;
+BEGIN
+  UPDATE {schema}.pgqrs_workflow_steps
+     SET status = 'SUCCESS', output = the_output, error = NULL, open = false, due_at = NULL, message = NULL,
+         completed_at = moment, updated_at = moment
+   WHERE task_id = the_task AND lease_token = the_token AND status IN ('RUNNING', 'QUEUED')
+  RETURNING workflow_id INTO the_run;
+  IF own_message IS NOT NULL THEN
+    DELETE FROM {schema}.pgqrs_messages WHERE message_id = own_message;
+  END IF;
+  RETURN the_run;
+END $$;
+
+-- What follows may have been announced before, without its message: then it gets that now. Returns whether it was so.
+CREATE FUNCTION {schema}.pgqrs_supply(
+  next_task text, next_generation bigint, next_envelope json, next_queue text, next_due timestamptz,
+  next_sent timestamptz, moment timestamptz) RETURNS boolean
+LANGUAGE plpgsql
+AS $$
+BEGIN
+  UPDATE {schema}.pgqrs_workflow_steps s
+     SET generation = next_generation, message = next_envelope, queue = next_queue, looks = 0,
+         due_at = next_due, sent_at = next_sent, updated_at = moment
+   WHERE s.task_id = next_task AND s.status = 'QUEUED'
+     AND (s.generation < next_generation
+          OR s.generation = next_generation AND s.message IS NULL AND s.due_at IS NULL);
+  RETURN FOUND;
+END $$;
+
 -- One statement of the client's, several transactions. The first one holds everything that belongs to the success: the step's
 -- result and hand-off, the row and the message of what follows, the task result, the end of the step's own message. It all
 -- hangs on the step's lease token. What comes after needs a snapshot taken after that commit (pgqrs_store_result makes it):
@@ -85,14 +121,7 @@ DECLARE
   the_run bigint;
 BEGIN
   recorded_at := extract(epoch FROM moment);
-  UPDATE {schema}.pgqrs_workflow_steps
-     SET status = 'SUCCESS', output = the_output, error = NULL, open = false, due_at = NULL, message = NULL,
-         completed_at = moment, updated_at = moment
-   WHERE task_id = the_task AND lease_token = the_token AND status IN ('RUNNING', 'QUEUED')
-  RETURNING workflow_id INTO the_run;
-  IF own_message IS NOT NULL THEN
-    DELETE FROM {schema}.pgqrs_messages WHERE message_id = own_message;
-  END IF;
+  the_run := {schema}.pgqrs_succeed(the_task, the_token, the_output, own_message, moment);
   IF the_run IS NULL THEN
     RETURN;
   END IF;
@@ -104,15 +133,10 @@ BEGIN
             next_queue, moment + make_interval(secs => next_delay), CASE WHEN next_sent THEN moment END)
         ON CONFLICT DO NOTHING;
     accepted := FOUND;
-    IF NOT accepted THEN  -- it may have been announced before, without its message
-      UPDATE {schema}.pgqrs_workflow_steps s
-         SET generation = next_generation, message = next_envelope, queue = next_queue, looks = 0,
-             due_at = moment + make_interval(secs => next_delay), sent_at = CASE WHEN next_sent THEN moment END,
-             updated_at = moment
-       WHERE s.task_id = next_task AND s.status = 'QUEUED'
-         AND (s.generation < next_generation
-              OR s.generation = next_generation AND s.message IS NULL AND s.due_at IS NULL);
-      accepted := FOUND;
+    IF NOT accepted THEN
+      accepted := {schema}.pgqrs_supply(
+        next_task, next_generation, next_envelope, next_queue, moment + make_interval(secs => next_delay),
+        CASE WHEN next_sent THEN moment END, moment);
     END IF;
     IF accepted AND next_message IS NOT NULL THEN
       INSERT INTO {schema}.pgqrs_messages (message_id, queue, priority, expires_at, headers, properties, body)
@@ -147,14 +171,7 @@ DECLARE
   unpaused boolean;
 BEGIN
   recorded_at := extract(epoch FROM moment);
-  UPDATE {schema}.pgqrs_workflow_steps
-     SET status = 'SUCCESS', output = the_output, error = NULL, open = false, due_at = NULL, message = NULL,
-         completed_at = moment, updated_at = moment
-   WHERE task_id = the_task AND lease_token = the_token AND status IN ('RUNNING', 'QUEUED')
-  RETURNING workflow_id INTO the_run;
-  IF own_message IS NOT NULL THEN
-    DELETE FROM {schema}.pgqrs_messages WHERE message_id = own_message;
-  END IF;
+  the_run := {schema}.pgqrs_succeed(the_task, the_token, the_output, own_message, moment);
   IF the_run IS NULL THEN
     RETURN;
   END IF;
@@ -174,15 +191,10 @@ BEGIN
             SELECT 'QUEUED', 0, NULL, NULL, moment, NULL WHERE NOT taken) AS t
         ON CONFLICT DO NOTHING;
     accepted := FOUND;
-    IF NOT accepted THEN  -- it may have been announced before, without its message
+    IF NOT accepted THEN
       taken := false;
-      UPDATE {schema}.pgqrs_workflow_steps s
-         SET generation = next_generation, message = next_envelope, queue = next_queue, looks = 0,
-             due_at = moment, sent_at = NULL, updated_at = moment
-       WHERE s.task_id = next_task AND s.status = 'QUEUED'
-         AND (s.generation < next_generation
-              OR s.generation = next_generation AND s.message IS NULL AND s.due_at IS NULL);
-      accepted := FOUND;
+      accepted := {schema}.pgqrs_supply(
+        next_task, next_generation, next_envelope, next_queue, moment, NULL, moment);
     END IF;
     IF accepted AND NOT taken THEN
       PERFORM {schema}.pgqrs_call_relays(the_app);
@@ -195,7 +207,6 @@ END $$;
 
 -- A new run in its common form, one step with one message for our own broker, is one round trip: run, step and message in
 -- one transaction, which then goes on to hand the message to a consumer that sleeps (pgqrs_put).
-
 -- Does nothing where the root id is taken (the_run stays null). The moment of recording is added to the message's headers
 -- under the name sent_header.
 CREATE PROCEDURE {schema}.pgqrs_start(
