@@ -1,7 +1,8 @@
-"""Python programs without the wait for their imports: forked from a process that has made the slow ones already.
+"""Python programs without the wait for their imports: forked from a process that has made them already.
 
-That process (multiprocessing's fork server) has loaded libraries, and nothing of the package under test; what it forks
-runs the same code in a session of its own as ``python -m`` would.
+That process (multiprocessing's fork server) has imported what a worker imports, and has done nothing with it: what it
+forks runs the same code in a session of its own as ``python -m`` would. That the package works where nobody imports it
+is for programs to show that are started without it.
 """
 
 from __future__ import annotations
@@ -24,13 +25,14 @@ from tests.support.processes import ROOT, start_process
 
 __all__ = ["ForkedProgram", "start_celery"]
 
-#: What takes most of a worker's start; without Celery's own command, which would load that of the package under test.
+#: What a worker imports, with all commands of ``celery``: the package under test has one, and a name for its broker.
 LIBRARIES = [
     *("celery.app.amqp", "celery.app.base", "celery.app.control", "celery.app.log", "celery.apps.worker"),
-    *("celery.backends.redis", "celery.bin.base", "celery.concurrency.prefork", "celery.concurrency.thread"),
+    *("celery.backends.redis", "celery.bin.celery", "celery.concurrency.prefork", "celery.concurrency.thread"),
     *("celery.concurrency.solo", "celery.events.state", "celery.worker.autoscale", "celery.worker.consumer"),
     *("celery.worker.control", "celery.worker.strategy", "click_repl", "flower.command", "kombu.transport.pyamqp"),
     *("kombu.transport.redis", "psycopg", "redis.asyncio", "sqlalchemy.dialects.postgresql", "sqlalchemy.orm"),
+    *("pgqrs_celery", "pgqrs_celery.backend", "pgqrs_celery.transport"),
 ]
 
 GREEN = {"gevent", "eventlet"}
