@@ -6,12 +6,11 @@ import logging
 import os
 from collections.abc import Callable
 from functools import cached_property
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import psycopg
 from celery import Celery
 from kombu.serialization import prepare_accept_content
-from sqlalchemy.orm import Session as OrmSession
 
 from pgqrs_celery import aliases, ids, inline, lending, urls
 from pgqrs_celery import envelope as envelopes
@@ -26,7 +25,6 @@ from pgqrs_celery.function import FunctionWorkflow, make_step, make_waits, make_
 from pgqrs_celery.inline import InlineContext
 from pgqrs_celery.joint import own_broker, shared_broker, shares_ledger
 from pgqrs_celery.ledger import Ledger
-from pgqrs_celery.monitor import Monitor
 from pgqrs_celery.recorder import Recorder
 from pgqrs_celery.send import SendSeam
 from pgqrs_celery.session import Session
@@ -36,6 +34,11 @@ from pgqrs_celery.transactional import transactional
 from pgqrs_celery.transport.broker import Broker
 from pgqrs_celery.worker import DurabilityStep, GiveBackStep
 from pgqrs_celery.workflow import Workflow, WorkflowRun
+
+if TYPE_CHECKING:
+    from sqlalchemy.orm import Session as OrmSession
+
+    from pgqrs_celery.monitor import Monitor
 
 __all__ = ["Pgqrs"]
 
@@ -208,6 +211,8 @@ class Pgqrs:
     @cached_property
     def monitor(self) -> Monitor:
         """The read side."""
+        from pgqrs_celery.monitor import Monitor
+
         self.ledger.prepare()
         return Monitor(self.ledger.database)
 

@@ -13,10 +13,9 @@ import threading
 from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta
 from types import CoroutineType
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import psycopg
-from sqlalchemy.orm import Session as OrmSession
 
 from pgqrs_celery import ids, lending
 from pgqrs_celery.calls import AcquiredStep, Attempt, Call, InnerGuard
@@ -27,6 +26,9 @@ from pgqrs_celery.saga import Saga
 from pgqrs_celery.states import Status
 from pgqrs_celery.store.inner import Inner
 from pgqrs_celery.waits import Pending, Waiting, results_of, sleeping, waiting_for_event
+
+if TYPE_CHECKING:
+    from sqlalchemy.orm import Session as OrmSession
 
 __all__ = ["Context", "RunId"]
 

@@ -20,7 +20,7 @@ from pgqrs_celery.exceptions import RunCancelled, RunFailed, RunNotFound, RunSta
 from pgqrs_celery.finish import backend_for
 from pgqrs_celery.gate import recorded_error
 from pgqrs_celery.joint import shares_ledger
-from pgqrs_celery.monitor import RunRecord, StepRecord
+from pgqrs_celery.records import RunRecord, StepRecord
 from pgqrs_celery.session import Session
 from pgqrs_celery.states import TERMINAL, Status
 from pgqrs_celery.store import chords, runs, steps

@@ -7,40 +7,38 @@ transaction; neither can end it.
 
 from __future__ import annotations
 
+import importlib
 import logging
-import os
-import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
 from contextvars import ContextVar
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psycopg
-import sqlalchemy as sa
-from sqlalchemy.orm import Session as OrmSession
-from sqlalchemy.pool import QueuePool
 
 from pgqrs_celery.db import Database, translate
 from pgqrs_celery.exceptions import StepMisused
 from pgqrs_celery.session import Session
 
-__all__ = ["Work", "begin", "current"]
+if TYPE_CHECKING:
+    from sqlalchemy.orm import Session as OrmSession
+
+__all__ = ["Work", "begin", "current", "in_transaction", "prepare"]
 
 logger = logging.getLogger(__name__)
 
 _current: ContextVar[Work | None] = ContextVar("pgqrs_transaction", default=None)
-
-#: The engine of each database, in the process that made it: sockets do not survive a fork.
-_engines: weakref.WeakKeyDictionary[Database, tuple[int, sa.Engine]] = weakref.WeakKeyDictionary()
 
 
 class Work:
     """One transaction, from ``begin`` to ``commit`` or ``roll_back``."""
 
     def __init__(self, database: Database) -> None:
+        from pgqrs_celery import engines
+
         self._database = database
         self._stack = ExitStack()
-        self._sa = self._stack.enter_context(_engine(database).connect())
+        self._sa = self._stack.enter_context(engines.engine_of(database).connect())
         driver: Any = self._sa.connection.driver_connection
         self.connection: psycopg.Connection[Any] = driver
         self._sa.begin()  # sends nothing; sessions that join it keep to savepoints
@@ -51,7 +49,9 @@ class Work:
     def session(self) -> OrmSession:
         """A SQLAlchemy session in this transaction; its ``commit()`` flushes and goes on."""
         if self._session is None:
-            self._session = OrmSession(bind=self._sa, join_transaction_mode="create_savepoint")
+            from pgqrs_celery import engines
+
+            self._session = engines.joining_session(self._sa)
         return self._session
 
     def commit(self, checkpoint: Callable[[Session], Any]) -> Any:
@@ -88,6 +88,11 @@ class Work:
         _current.reset(self._token)
 
 
+def prepare() -> None:
+    """Import SQLAlchemy, which only transactional steps need, where one is declared: before a worker forks."""
+    importlib.import_module("pgqrs_celery.engines")
+
+
 def begin(database: Database) -> Work:
     """Begin a transaction. Raises ``StepMisused`` inside another one, ``StoreUnavailable``."""
     if _current.get() is not None:
@@ -106,21 +111,3 @@ def current() -> Work:
 def in_transaction() -> bool:
     """Return whether a transactional step is being executed."""
     return _current.get() is not None
-
-
-def _engine(database: Database) -> sa.Engine:
-    found = _engines.get(database)
-    if found is not None and found[0] == os.getpid():
-        return found[1]
-    engine = sa.create_engine(
-        "postgresql+psycopg://",
-        creator=lambda: database.connect(autocommit=False, verbatim=False),
-        poolclass=QueuePool,
-        pool_size=2,
-        max_overflow=-1,
-        pool_pre_ping=True,
-    )
-    if found is not None:
-        found[1].dispose(close=False)
-    _engines[database] = (os.getpid(), engine)
-    return engine

@@ -1,89 +1,27 @@
 """The read side: runs and steps for the Python API, the command line and web pages.
 
-Queries are SQLAlchemy Core. They take no locks and may be answered by a read replica.
+Queries are built with SQLAlchemy Core and asked over the ledger's own connections; they take no locks. Importing this
+takes as long as the rest of the package together, so it is imported where somebody reads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from datetime import datetime
-from typing import Any
-from uuid import UUID
+from typing import Any, Final
 
-import psycopg
 import sqlalchemy as sa
-from sqlalchemy.pool import NullPool
+from psycopg.rows import dict_row
+from sqlalchemy.engine import make_url
 
-from pgqrs_celery.db import Database, translate
+from pgqrs_celery.db import Database
+from pgqrs_celery.records import RunRecord, StepRecord, WorkerRecord
+from pgqrs_celery.session import Session
 from pgqrs_celery.store.statements import quote_identifier
 
-__all__ = ["Monitor", "RunRecord", "StepRecord", "WorkerRecord"]
+__all__ = ["Monitor"]
 
-
-@dataclass(frozen=True, slots=True)
-class RunRecord:
-    """One run as a reader sees it; the payloads are JSON text."""
-
-    workflow_id: int
-    app: str
-    root_id: str
-    workflow_key: str | None
-    name: str
-    status: str
-    paused_at: datetime | None
-    input: str | None
-    output: str | None
-    error: str | None
-    result: str | None
-    created_at: datetime
-    updated_at: datetime
-    started_at: datetime | None
-    completed_at: datetime | None
-
-
-@dataclass(frozen=True, slots=True)
-class StepRecord:
-    """One step as a reader sees it; ``worker`` is a host and pid, the payloads are JSON text."""
-
-    workflow_id: int
-    step_id: str
-    task_id: str | None
-    task_name: str
-    kind: str
-    status: str
-    open: bool
-    attempt: int
-    lost: int
-    handoffs: int
-    fence: int
-    worker_id: UUID | None
-    worker: str | None
-    queue: str | None
-    due_at: datetime | None
-    input: str | None
-    output: str | None
-    error: str | None
-    created_at: datetime
-    started_at: datetime | None
-    completed_at: datetime | None
-    updated_at: datetime
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerRecord:
-    """One incarnation of a worker; ``seen_ago`` is in seconds, by the database's clock."""
-
-    worker_id: UUID
-    app: str
-    hostname: str
-    pid: int
-    started_at: datetime
-    seen_at: datetime
-    stopped_at: datetime | None
-    seen_ago: float
-    running: int
+DIALECT: Final[sa.Dialect] = make_url("postgresql+psycopg://").get_dialect()()
 
 
 def _table(metadata: sa.MetaData, name: str, columns: Sequence[str], types: dict[str, Any]) -> sa.Table:
@@ -94,12 +32,7 @@ class Monitor:
     """Queries about one schema."""
 
     def __init__(self, database: Database) -> None:
-        self._engine = sa.create_engine(
-            "postgresql+psycopg://",
-            creator=lambda: database.connect(autocommit=False),
-            poolclass=NullPool,
-        )
-        self._schema = database.schema
+        self._database = database
         metadata = sa.MetaData(schema=database.schema)
         times = dict.fromkeys(
             ("paused_at", "created_at", "updated_at", "started_at", "completed_at", "due_at", "seen_at", "stopped_at"),
@@ -122,22 +55,21 @@ class Monitor:
         self.workers_table = _table(metadata, "pgqrs_workers", worker_columns, types)
         self._now = f"{quote_identifier(database.schema)}.pgqrs_now()"
 
-    @contextmanager
-    def _connect(self) -> Iterator[sa.Connection]:
-        """Lend a connection; the driver's errors leave as ``StoreError``."""
-        try:
-            with self._engine.connect() as connection:
-                yield connection
-        except sa.exc.DBAPIError as error:
-            cause = error.orig
-            raise (translate(cause, self._schema) if isinstance(cause, psycopg.Error) else error) from error
+    def _rows(self, query: sa.Select[Any]) -> list[dict[str, Any]]:
+        """Ask, and return the rows by the names of their columns."""
+        compiled = query.compile(dialect=DIALECT, compile_kwargs={"render_postcompile": True})
+
+        def work(session: Session) -> list[dict[str, Any]]:
+            with session.connection.cursor(row_factory=dict_row) as cursor:
+                return cursor.execute(compiled.string.encode(), compiled.params).fetchall()
+
+        return self._database.call(work)
 
     def run(self, workflow_id: int) -> RunRecord | None:
         """Return one run."""
         query = sa.select(self.runs_table).where(self.runs_table.c.workflow_id == workflow_id)
-        with self._connect() as connection:
-            row = connection.execute(query).one_or_none()
-        return RunRecord(**row._mapping) if row else None
+        rows = self._rows(query)
+        return RunRecord(**rows[0]) if rows else None
 
     def runs(
         self,
@@ -156,8 +88,7 @@ class Monitor:
                 query = query.where(column == value)
         if before is not None:
             query = query.where(runs.c.workflow_id < before)
-        with self._connect() as connection:
-            return [RunRecord(**row._mapping) for row in connection.execute(query)]
+        return [RunRecord(**row) for row in self._rows(query)]
 
     def steps(self, workflow_id: int) -> list[StepRecord]:
         """Return a run's steps in the order they came."""
@@ -169,8 +100,7 @@ class Monitor:
             .where(steps.c.workflow_id == workflow_id)
             .order_by(steps.c.created_at, steps.c.started_at, steps.c.step_id)
         )
-        with self._connect() as connection:
-            return [StepRecord(**row._mapping) for row in connection.execute(query)]
+        return [StepRecord(**row) for row in self._rows(query)]
 
     def outputs(self, workflow_id: int, task_ids: Sequence[str]) -> dict[str, str | None]:
         """Return the recorded results of some of a run's tasks, by task id."""
@@ -178,8 +108,7 @@ class Monitor:
         query = sa.select(steps.c.task_id, steps.c.output).where(
             steps.c.workflow_id == workflow_id, steps.c.task_id.in_(list(task_ids))
         )
-        with self._connect() as connection:
-            return {row.task_id: row.output for row in connection.execute(query)}
+        return {row["task_id"]: row["output"] for row in self._rows(query)}
 
     def workers(self, *, app: str | None = None, ended: bool = False) -> list[WorkerRecord]:
         """Return the workers that have not ended (with ``ended`` also those of the last days), oldest first."""
@@ -198,5 +127,4 @@ class Monitor:
             query = query.where(workers.c.app == app)
         if not ended:
             query = query.where(workers.c.stopped_at.is_(None))
-        with self._connect() as connection:
-            return [WorkerRecord(**row._mapping) for row in connection.execute(query)]
+        return [WorkerRecord(**row) for row in self._rows(query)]

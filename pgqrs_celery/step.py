@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from pgqrs_celery import lending
 from pgqrs_celery.calls import Call
 from pgqrs_celery.context import Context
 from pgqrs_celery.exceptions import StepMisused
@@ -35,6 +36,8 @@ class Step:
         self.name = step_id or function.__name__
         self.compensate = compensate
         self.transactional = transactional
+        if transactional:
+            lending.prepare()
         #: The Celery task that executes calls of this step elsewhere; None where no app is known.
         self.task: Any = None
 

@@ -25,6 +25,8 @@ def transactional(pgqrs: Pgqrs, function: Callable[..., Any]) -> Callable[..., A
     Called directly or eagerly it is a transaction as well, without a checkpoint.
     """
 
+    lending.prepare()
+
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
         return committed(pgqrs.ledger.database, execution.current(), lambda: function(*args, **kwargs))

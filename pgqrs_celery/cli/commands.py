@@ -16,7 +16,7 @@ from pgqrs_celery.app import Pgqrs
 from pgqrs_celery.cli.output import ago, as_json, moment, print_fields, print_table, took
 from pgqrs_celery.exceptions import ConfigurationError
 from pgqrs_celery.housekeeping import Housekeeping
-from pgqrs_celery.monitor import RunRecord, StepRecord
+from pgqrs_celery.records import RunRecord, StepRecord
 from pgqrs_celery.states import Status
 from pgqrs_celery.store import migrations
 

@@ -7,6 +7,7 @@ import json
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 from weakref import WeakValueDictionary
 
@@ -17,13 +18,14 @@ from pgqrs_celery.databases import database_for
 from pgqrs_celery.exceptions import RunCancelled, RunFailed, RunNotFound
 from pgqrs_celery.failures import load_error
 from pgqrs_celery.ledger import Ledger
-from pgqrs_celery.monitor import Monitor, RunRecord
+from pgqrs_celery.records import RunRecord
 from pgqrs_celery.session import Session
 from pgqrs_celery.states import TERMINAL, Status
 from pgqrs_celery.store import consumed, migrations
 
 if TYPE_CHECKING:
     from pgqrs_celery.compat.pgqrs_context import PyWorkflow
+    from pgqrs_celery.monitor import Monitor
 
 __all__ = ["NAMESPACE", "RunResult", "Store", "connect"]
 
@@ -80,6 +82,12 @@ class Store:
     def __repr__(self) -> str:
         return f"<Store of schema {self.ledger.database.schema!r}>"
 
+    @cached_property
+    def _monitor(self) -> Monitor:
+        from pgqrs_celery.monitor import Monitor
+
+        return Monitor(self.ledger.database)
+
     async def call(self, work: Callable[[Session], T], *, transaction: bool = False) -> T:
         """Return ``work(session)``, done in a thread."""
         return await asyncio.to_thread(self.ledger.call, work, transaction=transaction)
@@ -108,7 +116,7 @@ class Store:
 
     def run(self, run_id: int) -> RunResult:
         """Return a run as it stands, in this thread."""
-        record = Monitor(self.ledger.database).run(run_id)
+        record = self._monitor.run(run_id)
         if record is None:
             raise RunNotFound(f"run {run_id} does not exist (or was removed by retention)")
         return self._result(record)
