@@ -11,11 +11,11 @@ from celery import chain, chord, group
 
 from pgqrs_celery import Status
 from tests.support.copies import sent_messages
-from tests.support.fleet import PATIENCE, Fleet, Victim
+from tests.support.fleet import Fleet, Victim
 from tests.support.sender import Sender
 from tests.support.stops import FATES, Fate
 from tests.support.vocabulary import named
-from tests.support.waiting import wait_for
+from tests.support.waiting import PATIENCE, wait_for
 
 VICTIMS = ["child", "worker"]
 

@@ -13,11 +13,11 @@ from celery.result import AsyncResult
 
 from pgqrs_celery import Status
 from tests.acceptance.test_dead_workers import SLOW
-from tests.support.fleet import PATIENCE, Fleet, Victim
+from tests.support.fleet import Fleet, Victim
 from tests.support.scenario import Scenario
 from tests.support.stops import FATES, Fate
 from tests.support.vocabulary import named
-from tests.support.waiting import wait_for
+from tests.support.waiting import PATIENCE, wait_for
 
 VICTIMS = ["child", "worker"]
 

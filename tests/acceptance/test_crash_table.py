@@ -17,10 +17,10 @@ from celery import chain
 from celery.result import AsyncResult
 
 from pgqrs_celery import Status
-from tests.support.fleet import PATIENCE, Fleet, Victim
+from tests.support.fleet import Fleet, Victim
 from tests.support.stops import FATES, Fate
 from tests.support.vocabulary import named
-from tests.support.waiting import wait_for
+from tests.support.waiting import PATIENCE, wait_for
 
 
 @dataclass(frozen=True, slots=True)

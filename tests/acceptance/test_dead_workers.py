@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from tests.support.fleet import PATIENCE, Fleet, Victim
+from tests.support.fleet import Fleet, Victim
 from tests.support.scenario import Scenario
 from tests.support.stops import FATES
 from tests.support.vocabulary import named
-from tests.support.waiting import wait_for
+from tests.support.waiting import PATIENCE, wait_for
 
 #: A lease, and intervals, that no test lives to see the end of.
 SLOW = {"pgqrs_lease": 3600.0, "pgqrs_resend_interval": 3600.0, "pgqrs_resend_interval_max": 3600.0}

@@ -7,9 +7,9 @@ from celery import chain
 from celery.exceptions import TaskRevokedError, TimeLimitExceeded
 
 from pgqrs_celery import Status
-from tests.support.fleet import PATIENCE, Fleet
+from tests.support.fleet import Fleet
 from tests.support.vocabulary import named
-from tests.support.waiting import wait_for
+from tests.support.waiting import PATIENCE, wait_for
 
 
 def test_a_step_that_runs_out_of_time_fails_its_run_once(fleet: Fleet) -> None:

@@ -10,9 +10,9 @@ import pytest
 
 from pgqrs_celery import Status, WorkflowRun, ids
 from pgqrs_celery.states import TERMINAL
-from tests.support.fleet import PATIENCE, Fleet, Victim
+from tests.support.fleet import Fleet, Victim
 from tests.support.stops import FATES, Fate
-from tests.support.waiting import wait_for
+from tests.support.waiting import PATIENCE, wait_for
 
 #: What happens in a journey, in order.
 EFFECTS = ["pack", "parcel_1", "parcel_2", "fly"]

@@ -9,10 +9,10 @@ import pytest
 from pgqrs_celery import Status
 from pgqrs_celery.exceptions import PoisonedStep
 from tests.support.copies import sent_messages
-from tests.support.fleet import PATIENCE, Fleet
+from tests.support.fleet import Fleet
 from tests.support.scenario import Scenario
 from tests.support.vocabulary import named
-from tests.support.waiting import wait_for
+from tests.support.waiting import PATIENCE, wait_for
 
 LEASE = 9.0
 #: True when a running step's lease, which is renewed in every third of it, was renewed two seconds after a moment or

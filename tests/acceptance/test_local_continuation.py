@@ -18,11 +18,11 @@ from pgqrs_celery import Status
 from pgqrs_celery.exceptions import PoisonedStep
 from tests.acceptance.test_leases import RENEWED
 from tests.support.events import collected_events
-from tests.support.fleet import PATIENCE, Fleet, Victim
+from tests.support.fleet import Fleet, Victim
 from tests.support.proxy import Proxy
 from tests.support.scenario import LOCAL, LONG_LEASE, Scenario
 from tests.support.vocabulary import named
-from tests.support.waiting import wait_for
+from tests.support.waiting import PATIENCE, wait_for
 
 
 @pytest.fixture

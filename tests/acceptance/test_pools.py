@@ -9,9 +9,10 @@ import pytest
 from celery import chain, group
 
 from pgqrs_celery import Status
-from tests.support.fleet import PATIENCE, Fleet
+from tests.support.fleet import Fleet
 from tests.support.scenario import Scenario
 from tests.support.vocabulary import named
+from tests.support.waiting import PATIENCE
 
 RECYCLED = {"pool": "prefork", "concurrency": 2, "arguments": ["--max-tasks-per-child=4"]}
 GREEN = ("gevent", "eventlet")

@@ -8,10 +8,10 @@ import pytest
 from celery import chain, group
 
 from pgqrs_celery import Status, embedded
-from tests.support.fleet import PATIENCE, Fleet
+from tests.support.fleet import Fleet
 from tests.support.scenario import Scenario
 from tests.support.vocabulary import named
-from tests.support.waiting import wait_for
+from tests.support.waiting import PATIENCE, wait_for
 
 STEPS = 50
 

@@ -12,9 +12,8 @@ from kombu.exceptions import OperationalError
 
 from pgqrs_celery import embedded
 from pgqrs_celery.exceptions import StoreUnavailable
-from tests.support.fleet import PATIENCE
 from tests.support.scenario import Application, Scenario
-from tests.support.waiting import wait_for
+from tests.support.waiting import PATIENCE, wait_for
 
 THREADS = 12
 

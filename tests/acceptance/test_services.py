@@ -10,10 +10,10 @@ from celery import chain
 
 from pgqrs_celery import Status
 from pgqrs_celery.embedded import RedisServer
-from tests.support.fleet import PATIENCE, Fleet
+from tests.support.fleet import Fleet
 from tests.support.scenario import Scenario
 from tests.support.vocabulary import named
-from tests.support.waiting import wait_for
+from tests.support.waiting import PATIENCE, wait_for
 from tests.support.worker_process import WorkerProcess
 
 #: The numbered database of this session's Redis that the second app uses.

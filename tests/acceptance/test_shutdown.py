@@ -9,10 +9,10 @@ import pytest
 
 from pgqrs_celery import Status
 from tests.acceptance.test_dead_workers import SLOW
-from tests.support.fleet import PATIENCE, Fleet
+from tests.support.fleet import Fleet
 from tests.support.scenario import Scenario
 from tests.support.vocabulary import named
-from tests.support.waiting import wait_for
+from tests.support.waiting import PATIENCE, wait_for
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,10 +9,10 @@ import pytest
 from celery import chain
 
 from pgqrs_celery import embedded
-from tests.support.fleet import PATIENCE, Fleet
+from tests.support.fleet import Fleet
 from tests.support.scenario import Application, Scenario
 from tests.support.vocabulary import named
-from tests.support.waiting import wait_for
+from tests.support.waiting import PATIENCE, wait_for
 from tests.support.worker_process import WorkerProcess
 
 WAITING = "waiting for the database, next try in"

@@ -11,9 +11,10 @@ from docker.errors import DockerException
 from pytest_celery import CeleryTestBroker
 
 from pgqrs_celery import Status
-from tests.support.fleet import PATIENCE, Fleet
+from tests.support.fleet import Fleet
 from tests.support.scenario import Scenario
 from tests.support.vocabulary import named
+from tests.support.waiting import PATIENCE
 
 
 @pytest.fixture(scope="session")

@@ -10,8 +10,8 @@ import pytest
 from billiard.exceptions import TimeLimitExceeded
 
 from pgqrs_celery import PoisonedStep, RunCancelled, Status, WorkflowRun
-from tests.support.fleet import PATIENCE, Fleet
-from tests.support.waiting import wait_for
+from tests.support.fleet import Fleet
+from tests.support.waiting import PATIENCE, wait_for
 
 DONE = ["flight", "hotel", "boat", "car"]
 UNDONE = ["undo_car", "undo_boat", "undo_hotel", "undo_flight"]

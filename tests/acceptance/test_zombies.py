@@ -6,9 +6,9 @@ import pytest
 from celery import chain, states
 
 from pgqrs_celery import Status
-from tests.support.fleet import PATIENCE, Fleet
+from tests.support.fleet import Fleet
 from tests.support.vocabulary import named
-from tests.support.waiting import wait_for
+from tests.support.waiting import PATIENCE, wait_for
 
 #: The points of the hand-off at which a worker is frozen: (broker, point, link).
 HANDING_OFF = [

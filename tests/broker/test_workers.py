@@ -13,7 +13,7 @@ from celery import Celery
 
 from pgqrs_celery.db import Database
 from tests.broker.workers import Bench, application
-from tests.support.waiting import wait_for
+from tests.support.waiting import PATIENCE, wait_for
 
 TASKS = "tests.broker.application."
 
@@ -204,7 +204,7 @@ def test_a_message_that_kills_its_workers_goes_to_the_dead_letter_queue(
         worker.process.wait(10)
         worker.kill()
     last = bench.worker("-c", "1", options=options)
-    wait_for(lambda: count(database, "queue = 'pgqrs.dead'") == 1, 10, "the message to be buried")
+    wait_for(lambda: count(database, "queue = 'pgqrs.dead'") == 1, PATIENCE, "the message to be buried")
     send(client, "record", "alive")
     bench.wait_for_entries(1, "record")
     assert last.process.poll() is None

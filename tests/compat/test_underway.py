@@ -534,6 +534,6 @@ def test_a_worker_killed_in_an_activity_is_followed_by_one_that_executes_only_th
     victim.kill()
     victim.wait()
     rescuer = program(WORKER, database_dsn, schema, "finish", run)
-    stdout, stderr = rescuer.communicate(timeout=110)
+    stdout, stderr = rescuer.communicate(timeout=240)
     assert rescuer.returncode == 0, stderr
     assert stdout.splitlines() == ["charging", "charged 42"]

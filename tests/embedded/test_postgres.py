@@ -19,7 +19,7 @@ from pgqrs_celery.embedded.locks import FileLock
 from pgqrs_celery.embedded.supervisor import PostmasterFile, server_processes
 from pgqrs_celery.exceptions import ConfigurationError, EmbeddedUnavailable
 from tests.conftest import POSTGRES_SETTINGS
-from tests.support.waiting import wait_for
+from tests.support.waiting import PATIENCE, wait_for
 
 FAST = {"fsync": "off", "full_page_writes": "off"}
 ROOT = Path(__file__).parents[2]
@@ -59,7 +59,7 @@ def value(server: embedded.PostgresServer, query: str) -> object:
 
 
 def wait_until_gone(server: embedded.PostgresServer) -> None:
-    wait_for(lambda: server.supervisor_pid is None and not server_processes(server.data), 20, "the server to end")
+    wait_for(lambda: server.supervisor_pid is None and not server_processes(server.data), PATIENCE, "the server to end")
 
 
 def test_processes_that_start_at_once_share_one_server_which_stops_after_the_last(server_directory: Path) -> None:

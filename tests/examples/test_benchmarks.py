@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 def bench(name: str, *arguments: str) -> str:
     """Run a benchmark as ``dev.py bench`` does and return what it prints."""
     command = [sys.executable, "-m", f"benchmarks.{name}", *arguments]
-    answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=110, check=False)
+    answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
     assert answer.returncode == 0, answer.stdout + answer.stderr
     return answer.stdout
 

@@ -58,7 +58,7 @@ def test_an_example_prints_what_it_documents(example: str, home: Path) -> None:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=240,
         check=False,
     )
     assert answer.returncode == 0, answer.stderr

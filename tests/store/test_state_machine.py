@@ -16,6 +16,7 @@ from typing import Any
 from uuid import UUID, uuid5
 
 import hypothesis.strategies as st
+import pytest
 from hypothesis import HealthCheck, Phase, note, settings
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -521,6 +522,7 @@ class LedgerMachine(RuleBasedStateMachine):
             self.close_if_quiet()
 
 
+@pytest.mark.long
 def test_the_sql_does_what_the_transition_table_says_and_every_run_ends(database: Database) -> None:
     ledger = Ledger(database)
     machine = type("Machine", (LedgerMachine,), {"database": database, "ledger": ledger})

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Final, Literal, Self
+from typing import Any, Literal, Self
 
 from celery.result import AsyncResult
 from kombu import Connection
@@ -18,15 +18,12 @@ from pgqrs_celery import WorkflowRun
 from pgqrs_celery.states import TERMINAL
 from pgqrs_celery.store import runs, steps
 from tests.support.scenario import Application, Scenario
-from tests.support.waiting import wait_for
+from tests.support.waiting import PATIENCE, wait_for
 from tests.support.worker_process import WorkerProcess
 
-__all__ = ["PATIENCE", "Fleet", "Victim"]
+__all__ = ["Fleet", "Victim"]
 
 Victim = Literal["child", "worker"]
-
-#: How long a test waits for what takes a second or two on a machine that has nothing else to do.
-PATIENCE: Final = 60.0
 
 
 @dataclass(slots=True)

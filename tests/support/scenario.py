@@ -14,12 +14,12 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, Final
 
-import psycopg
 from celery import Celery, current_task, signals
 from celery.backends.base import Backend
 from psycopg import sql
 
 from pgqrs_celery import DurableTask, Pgqrs
+from tests.support.asking import ask
 from tests.support.effects import EffectLog
 from tests.support.journeys import Journeys
 from tests.support.points import Points
@@ -107,9 +107,7 @@ class Scenario:
 
     def execute(self, statement: str, *parameters: Any) -> list[tuple[Any, ...]]:
         """Execute a statement past the package; ``{}`` stands for the schema. Returns the rows, if there are any."""
-        with psycopg.connect(self.dsn, autocommit=True) as connection:
-            cursor = connection.execute(sql.SQL(statement).format(sql.Identifier(self.schema)), parameters)
-            return cursor.fetchall() if cursor.description else [()] * cursor.rowcount
+        return ask(self.dsn, sql.SQL(statement).format(sql.Identifier(self.schema)), parameters)
 
     @property
     def stops(self) -> Stops:

@@ -16,6 +16,8 @@ from typing import Any, Final, Literal
 import psycopg
 from psycopg import sql
 
+from tests.support.asking import ask
+
 __all__ = ["FATES", "Fate", "Stops"]
 
 Fate = Literal["commits", "rolls_back"]
@@ -107,6 +109,4 @@ class Stops:
         return sql.SQL(statement).format(sql.Identifier(self.schema))
 
     def _run(self, statement: str, *parameters: Any) -> list[tuple[Any, ...]]:
-        with psycopg.connect(self.dsn, autocommit=True) as connection:
-            cursor = connection.execute(self._named(statement), parameters or None)
-            return cursor.fetchall() if cursor.description else []
+        return ask(self.dsn, self._named(statement), parameters)

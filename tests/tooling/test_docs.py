@@ -79,7 +79,7 @@ def test_the_example_of_the_readme_prints_what_it_says(
         env={**environment, "PYTHONPATH": path},
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=240,
         check=False,
     )
     assert answer.returncode == 0, answer.stderr

@@ -90,7 +90,7 @@ def executed(directory: Path, dsn: str, *command: str, **more: str) -> subproces
         env={**environment, DSN_VARIABLE: dsn, "DATABASE_URL": dsn, "PYTHONPATH": path, **more},
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=240,
         check=False,
     )
 

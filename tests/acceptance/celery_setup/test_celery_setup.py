@@ -13,10 +13,9 @@ from pgqrs_celery import Status
 from pgqrs_celery.states import TERMINAL
 from tests.acceptance.celery_setup.durable_tasks import append
 from tests.support.effects import EffectLog
-from tests.support.fleet import PATIENCE
 from tests.support.points import Points
 from tests.support.vocabulary import named
-from tests.support.waiting import wait_for
+from tests.support.waiting import PATIENCE, wait_for
 
 
 @pytest.fixture
