@@ -131,7 +131,7 @@ class Joint:
         # The statement publishes only what it records.
         sent_at = running.guard.database_time()
         recorded = {row.task_id: Recorded(row.task_id, SENDING, sent_at) for row in deferred.rows}
-        messages = recorder.collect(deferred.messages, recorded)
+        messages = recorder.dispatcher.collect(deferred.messages, recorded)
         return messages if all(not m.exchange and m.visible_at is None for m in messages) else None
 
 
@@ -215,7 +215,7 @@ def _write(
                 session.limit_silence()
                 pipeline.sync()  # else the server would take the silence for a statement that is not complete
                 entries = recording.recorded(deferred.rows, noted.fetchall())
-                messages = recorder.collect(deferred.messages, {entry.task_id: entry for entry in entries})
+                messages = recorder.dispatcher.collect(deferred.messages, {entry.task_id: entry for entry in entries})
                 if messages:
                     published = session.send(*insertion(messages))
             accepted = _store(session, running, deferred, finished, outcome)

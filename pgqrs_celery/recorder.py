@@ -1,45 +1,30 @@
-"""Recording: what leaves a publish scope becomes rows in one transaction, and is then published."""
+"""Recording: what leaves a publish scope becomes rows in one transaction, and is then dispatched."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Final
 
-from celery import Celery, states
-from celery.exceptions import TaskRevokedError
-from kombu.exceptions import OperationalError
+from celery import Celery
 
-from pgqrs_celery import outbox
 from pgqrs_celery.borrowing import callers_session
-from pgqrs_celery.circumstances import Box, ExistingRun, Target, starting, target
+from pgqrs_celery.circumstances import ExistingRun, Target, starting, target
+from pgqrs_celery.dispatch import Dispatcher
 from pgqrs_celery.drafting import Drafter
-from pgqrs_celery.durability import signature_ids
 from pgqrs_celery.envelope import SENT
-from pgqrs_celery.exceptions import LeaseLost, StoreUnavailable
+from pgqrs_celery.exceptions import LeaseLost
 from pgqrs_celery.execution import Deferred, Execution, Phase
 from pgqrs_celery.ledger import Ledger
 from pgqrs_celery.mixture import await_links, refuse
 from pgqrs_celery.outgoing import Outgoing
-from pgqrs_celery.posting import Poster
 from pgqrs_celery.session import Session
-from pgqrs_celery.store import chords, clock, recording, runs, steps, units
-from pgqrs_celery.store import messages as sent
+from pgqrs_celery.store import chords, recording, runs, steps, units
 from pgqrs_celery.store.chords import Chord
-from pgqrs_celery.store.messages import NewMessage, Published
+from pgqrs_celery.store.messages import Published
 from pgqrs_celery.store.recording import Finished, NewStep, Outcome, Recorded
 from pgqrs_celery.transport.broker import Broker
 
-__all__ = ["TOGETHER", "Recorder"]
-
-logger = logging.getLogger(__name__)
-
-#: Messages published to our own broker with one statement.
-TOGETHER: Final = 1000
-
-#: Celery's publish retry, cut down to what a stale pooled connection needs: the relay does the rest.
-ONCE: Final = {"max_retries": 1, "interval_start": 0, "interval_step": 0, "interval_max": 0}
+__all__ = ["Recorder"]
 
 
 class Recorder:
@@ -49,15 +34,11 @@ class Recorder:
         self.app = app
         self._ledger = ledger
         self.drafter = Drafter(app)
-        self.publish: Callable[..., Any]
+        self.dispatcher = Dispatcher(app, ledger)
         #: Returns, once, the chords whose headers have these group ids.
         self.chords_of: Callable[[list[str]], list[Chord]]
-        #: Returns the broker where it is ours, so that many messages can be published with one statement.
-        self.broker: Callable[[], Broker | None]
         #: Returns it where it also is in the ledger's database: messages are published in the transaction that records.
         self.shared_broker: Callable[[], Broker | None]
-        #: Returns this thread's producer for our own broker, None where the broker is another.
-        self.own_producer: Callable[[], Any]
         #: Whether the result backend can complete a durable chord.
         self.has_chords: Callable[[], bool]
 
@@ -114,7 +95,8 @@ class Recorder:
             for chord in deferred.chords:
                 chords.record(session, replace(chord, workflow_id=guard.workflow_id))
             if broker is not None:
-                published.extend(self._publish(session, deferred.messages, {e.task_id: e for e in entries}))
+                accepted = {entry.task_id: entry for entry in entries}
+                published.extend(self.dispatcher.publish_within(session, deferred.messages, accepted))
             return entries
 
         patience = max(ledger.settings.patience, ledger.settings.lease)
@@ -144,53 +126,12 @@ class Recorder:
             ledger.call(lambda session: runs.notify(session, ledger.channel))
         recorded = {entry.task_id: entry for entry in entries}
         if published:
-            self._announce_refused(deferred.messages, recorded)
+            self.dispatcher.announce_refused(deferred.messages, recorded)
             return
         with self.app.producer_or_acquire() as producer:
             for message in deferred.messages:
                 message.producer = producer
-            self._send(ledger, deferred.messages, recorded)
-
-    def collect(self, outgoing: Sequence[Outgoing], recorded: Mapping[str, Recorded]) -> list[NewMessage]:
-        """Return the accepted messages as rows of our own broker, for the transaction that records them.
-
-        Raises ``StoreUnavailable``: a producer that is used for the first time connects, and declares its queue.
-        """
-        accepted, producer = [], self.own_producer()
-        for message in outgoing:
-            entry = recorded[message.task_id]
-            if entry.outcome is Outcome.SEND and not message.held:
-                message.producer = producer
-                message.headers[SENT] = entry.sent_at.isoformat()
-                accepted.append(message)
-        return self._rows(accepted)
-
-    def _rows(self, outgoing: Iterable[Outgoing]) -> list[NewMessage]:
-        """Return messages as rows of our own broker.
-
-        Raises ``StoreUnavailable``: a producer that is used for the first time connects, and declares its queue.
-        """
-        box, broker = Box(), self.broker()
-        assert broker is not None
-        try:
-            with outbox.collecting(box):
-                for message in outgoing:
-                    message.options["retry"] = False  # nothing is sent yet
-                    self.publish(message, Poster(broker, message.producer, box.messages.append, message))
-        except OperationalError as error:
-            if isinstance(error.__cause__, StoreUnavailable):
-                raise error.__cause__ from None
-            raise
-        return box.messages
-
-    def _publish(
-        self, session: Session, outgoing: Sequence[Outgoing], recorded: Mapping[str, Recorded]
-    ) -> Iterator[Published]:
-        """Publish what was accepted to our own broker, in the transaction that records it."""
-        for start in range(0, len(outgoing), TOGETHER):
-            collected = self.collect(outgoing[start : start + TOGETHER], recorded)
-            if collected:
-                yield from sent.publish(session, collected)
+            self.dispatcher.send(deferred.messages, recorded)
 
     def _record_and_send(self, ledger: Ledger, durable: list[Outgoing], running: Execution | None) -> None:
         batches: dict[str, list[Outgoing]] = {}
@@ -222,7 +163,7 @@ class Recorder:
             if any(m.held for m in durable):
                 runs.notify(session, ledger.channel)
             if broker is not None:
-                published.extend(self._publish(session, durable, done))
+                published.extend(self.dispatcher.publish_within(session, durable, done))
             return done
 
         recorded = ledger.call(
@@ -234,9 +175,9 @@ class Recorder:
             self._supersede(running, recorded)
         if broker is not None:
             broker.wake(published)
-            self._announce_refused(durable, recorded)
+            self.dispatcher.announce_refused(durable, recorded)
         else:
-            self._send(ledger, durable, recorded)
+            self.dispatcher.send(durable, recorded)
 
     def _start(self, ledger: Ledger, broker: Broker, prepared: list[tuple[str, list[Outgoing], list[NewStep]]]) -> bool:
         """Start a run with a single message in one round trip; False where it has more, or exists."""
@@ -246,8 +187,8 @@ class Recorder:
         keyed = spec is not None and spec.workflow_key is not None
         if len(prepared) > 1 or len(batch) > 1 or message.held or keyed or message.is_routed:
             return False
-        message.producer = self.own_producer()
-        (sent,) = self._rows(batch)
+        message.producer = self.dispatcher.own_producer()
+        (sent,) = self.dispatcher.rows(batch)
         if sent.exchange or sent.visible_at is not None:
             return False
         run, near = self.drafter.new_run(ledger, root_id, batch, spec), broker.near(sent.routing_key)
@@ -280,12 +221,6 @@ class Recorder:
                 if chord.chord_id in groups and any(e.outcome is Outcome.SEND for e in entries):
                     chords.record(session, replace(chord, workflow_id=workflow_id))
         return done
-
-    def _announce_refused(self, outgoing: Sequence[Outgoing], recorded: Mapping[str, Recorded]) -> None:
-        """Store REVOKED for what was not accepted because its run is cancelled."""
-        for message in outgoing:
-            if recorded[message.task_id].outcome is Outcome.CANCELLED:
-                self.announce_cancelled(message)
 
     def _record_for_commit(
         self,
@@ -367,70 +302,19 @@ class Recorder:
         into.recorded.update((entry.task_id, entry) for entry in entries)
         into.messages += messages
         if self.shared_broker() is not None:
-            into.published += self._publish(into.session, messages, into.recorded)
+            into.published += self.dispatcher.publish_within(into.session, messages, into.recorded)
 
     def send(self, into: Target) -> None:
         """Send what was recorded in a transaction that has been committed, or wake who is to take it."""
         broker = self.shared_broker()
         if broker is not None:
             broker.wake(into.published)
-            self._announce_refused(into.messages, into.recorded)
+            self.dispatcher.announce_refused(into.messages, into.recorded)
             return
         with self.app.producer_or_acquire() as producer:
             for message in into.messages:
                 message.producer = producer
-            self._send(self._ledger(), into.messages, into.recorded)
-
-    def _send(self, ledger: Ledger, messages: Sequence[Outgoing], recorded: Mapping[str, Recorded]) -> None:
-        waiting = []
-        for message in messages:
-            entry = recorded[message.task_id]
-            if entry.outcome is Outcome.CANCELLED:
-                self.announce_cancelled(message)
-            elif entry.outcome is Outcome.SEND and not message.held:
-                message.headers[SENT] = entry.sent_at.isoformat()
-                waiting.append(message)
-        broker = self.broker()
-        if broker is not None:
-            self._send_together(ledger, broker, waiting)
-            return
-        for position, message in enumerate(waiting):
-            message.options.update(retry=True, retry_policy=ONCE)
-            try:
-                self.publish(message)
-            except broker_errors(message.producer) as error:
-                self._not_taken(ledger, waiting[position:], error)
-                return
-
-    def _send_together(self, ledger: Ledger, broker: Broker, waiting: Sequence[Outgoing]) -> None:
-        """Publish to our own broker, many messages with one statement."""
-        for start in range(0, len(waiting), TOGETHER):
-            try:
-                broker.publish(self._rows(waiting[start : start + TOGETHER]))
-            except StoreUnavailable as error:
-                self._not_taken(ledger, waiting[start:], error)
-                return
-
-    @staticmethod
-    def _not_taken(ledger: Ledger, left: Sequence[Outgoing], error: BaseException) -> None:
-        """The broker is away: what is recorded is sent by a relay."""
-        logger.warning(
-            "the broker does not take messages (%r): %d recorded task(s), first %s[%s], are sent by a worker's relay "
-            "when it does again",
-            error,
-            len(left),
-            left[0].name,
-            left[0].task_id,
-        )
-        task_ids = [message.task_id for message in left]
-        ledger.call(lambda session: clock.unsent(session, task_ids, interval=1.0))
-
-    def announce_cancelled(self, message: Outgoing) -> None:
-        """Store REVOKED for a message of a cancelled run and for everything that would have followed it."""
-        reason = TaskRevokedError("the run was cancelled")
-        followers = {task_id for link in message.chain or () for task_id in signature_ids(link)}
-        for task_id in (message.task_id, *sorted(followers)):
-            self.app.backend.store_result(task_id, reason, states.REVOKED)
+            self.dispatcher.send(into.messages, into.recorded)
 
 
 def _all_inside(messages: Sequence[Outgoing], running: Execution) -> bool:
@@ -439,10 +323,3 @@ def _all_inside(messages: Sequence[Outgoing], running: Execution) -> bool:
 
 def _groups(messages: Sequence[Outgoing]) -> list[str]:
     return list(dict.fromkeys(str(m.headers["group"]) for m in messages if m.headers.get("group")))
-
-
-def broker_errors(producer: Any) -> tuple[type[BaseException], ...]:
-    """Return the exceptions by which a broker says that it is away."""
-    connection = getattr(producer, "connection", None)
-    own = (*connection.connection_errors, *connection.channel_errors) if connection is not None else ()
-    return (OperationalError, OSError, *own)

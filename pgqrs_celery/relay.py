@@ -21,12 +21,12 @@ from celery.utils.time import maybe_iso8601
 from kombu.serialization import prepare_accept_content
 
 from pgqrs_celery import envelope as envelopes
+from pgqrs_celery.dispatch import ONCE, broker_errors
 from pgqrs_celery.envelope import PLAN, SENT, UNDOING, Envelope
 from pgqrs_celery.finish import finish, finish_awaited
 from pgqrs_celery.housekeeping import Housekeeping
 from pgqrs_celery.ledger import Ledger
 from pgqrs_celery.outgoing import Outgoing
-from pgqrs_celery.recorder import ONCE, broker_errors
 from pgqrs_celery.session import Session
 from pgqrs_celery.store import clock, runs, workers
 from pgqrs_celery.store.clock import DueStep

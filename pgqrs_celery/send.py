@@ -28,13 +28,14 @@ from kombu.utils.objects import cached_property
 
 from pgqrs_celery import execution, ids, outbox, transactions
 from pgqrs_celery.circumstances import Box
+from pgqrs_celery.dispatch import TOGETHER
 from pgqrs_celery.durability import is_durable
 from pgqrs_celery.envelope import MARKER, PLAN, SENT, chosen
 from pgqrs_celery.exceptions import ConfigurationError
 from pgqrs_celery.execution import Phase
 from pgqrs_celery.outgoing import Outgoing, fix_links
 from pgqrs_celery.posting import Poster
-from pgqrs_celery.recorder import TOGETHER, Recorder
+from pgqrs_celery.recorder import Recorder
 from pgqrs_celery.transport.broker import Broker
 
 __all__ = ["SendSeam"]
