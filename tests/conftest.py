@@ -25,6 +25,7 @@ from pgqrs_celery.embedded.locks import FileLock
 from tests.support.pgbouncer import find_pgbouncer, pgbouncer_for
 from tests.support.proxy import Proxy
 from tests.support.rabbitmq import Address, find_rabbitmq, shared_rabbitmq, wait_until_gone
+from tests.support.schemas import Schemas, drop_schema, new_name
 
 #: Set in CI: a broker that is missing fails the tests that need it.
 REQUIRE_BROKERS = "PGQRS_REQUIRE_BROKERS"
@@ -130,11 +131,23 @@ def own_database_dsn(postgres_server: embedded.PostgresServer) -> Iterator[str]:
 @pytest.fixture
 def schema(postgres_server: embedded.PostgresServer) -> Iterator[str]:
     """The name of a schema of the test's own, not created yet; dropped afterwards with all it holds."""
-    name = f"t_{uuid.uuid4().hex[:16]}"
+    name = new_name()
     yield name
-    with psycopg.connect(postgres_server.start().dsn(), autocommit=True) as connection:
-        connection.execute("SET lock_timeout = '10s'")  # a connection the test forgot is an error of the test
-        connection.execute(sql.SQL("DROP SCHEMA IF EXISTS {} CASCADE").format(sql.Identifier(name)))
+    drop_schema(postgres_server.start().dsn(), name)
+
+
+@pytest.fixture(scope="session")
+def schemas(postgres_server: embedded.PostgresServer) -> Schemas:
+    """This worker's schemas that are used again."""
+    return Schemas(postgres_server.start().dsn())
+
+
+@pytest.fixture
+def installed_schema(schemas: Schemas) -> Iterator[str]:
+    """The name of a schema of the test's own with everything installed in it."""
+    name = schemas.take()
+    yield name
+    schemas.give_back(name)
 
 
 @pytest.fixture

@@ -101,9 +101,9 @@ def fleet(request: pytest.FixtureRequest) -> Fleet:
 
 
 @pytest.fixture
-def scenario(database_dsn: str, schema: str, tmp_path: Path) -> Scenario:
+def scenario(database_dsn: str, installed_schema: str, tmp_path: Path) -> Scenario:
     """A scenario of the test's own on one Postgres, without workers."""
-    return Scenario.on_postgres(database_dsn, schema=schema, directory=str(tmp_path))
+    return Scenario.on_postgres(database_dsn, schema=installed_schema, directory=str(tmp_path))
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from celery import chain
 
 from pgqrs_celery import embedded
 from tests.support.fleet import Fleet
-from tests.support.scenario import Application, Scenario
+from tests.support.scenario import Scenario
 from tests.support.vocabulary import named
 from tests.support.waiting import PATIENCE, wait_for
 from tests.support.worker_process import WorkerProcess
@@ -57,7 +57,8 @@ def test_a_worker_that_waits_for_the_database_can_be_stopped(
         worker.close()
 
 
-def test_without_the_schema_a_worker_ends_and_says_what_to_run(worker: WorkerProcess) -> None:
+def test_without_the_schema_a_worker_ends_and_says_what_to_run(scenario: Scenario, worker: WorkerProcess) -> None:
+    scenario.execute("DROP SCHEMA {} CASCADE")
     worker.start()
     assert worker.wait_exit() != 0
     assert "celery -A your_app pgqrs install" in worker.output()
@@ -65,7 +66,6 @@ def test_without_the_schema_a_worker_ends_and_says_what_to_run(worker: WorkerPro
 
 
 def test_with_an_older_schema_a_worker_ends_and_says_what_to_run(scenario: Scenario, worker: WorkerProcess) -> None:
-    Application(scenario).pgqrs.install()
     newest = "DELETE FROM {}.pgqrs_migrations WHERE version = (SELECT max(version) FROM {}.pgqrs_migrations)"
     assert len(scenario.execute(newest.replace("{}", scenario.schema))) == 1
     worker.start()

@@ -12,15 +12,13 @@ from celery import Celery
 from pgqrs_celery.backend import PostgresBackend
 from pgqrs_celery.db import Database
 from pgqrs_celery.session import Session
-from pgqrs_celery.store import migrations
 from tests.backend.application import make_app
 
 
 @pytest.fixture
-def database(database_dsn: str, schema: str) -> Iterator[Database]:
+def database(database_dsn: str, installed_schema: str) -> Iterator[Database]:
     """The test's schema, installed."""
-    database = Database(database_dsn, schema=schema, pool_size=24)
-    migrations.install(database)
+    database = Database(database_dsn, schema=installed_schema, pool_size=24)
     yield database
     database.close()
 

@@ -324,8 +324,10 @@ def test_a_user_the_server_does_not_know_is_an_error(new_app: NewApp, backend_ur
     assert "secret" not in str(caught.value)
 
 
-def test_a_database_without_the_tables_says_what_to_run(new_app: NewApp, backend_url: str, schema: str) -> None:
-    app = new_app(backend_url.replace(f"pgqrs_schema={schema}", "pgqrs_schema=nothing_here"))
+def test_a_database_without_the_tables_says_what_to_run(
+    new_app: NewApp, backend_url: str, installed_schema: str
+) -> None:
+    app = new_app(backend_url.replace(f"pgqrs_schema={installed_schema}", "pgqrs_schema=nothing_here"))
     with pytest.raises(NotInstalled, match="celery -A your_app pgqrs install"):
         app.AsyncResult("t").get(timeout=30)
 

@@ -12,7 +12,6 @@ import pytest
 
 from pgqrs_celery.compat.pgqrs import Store
 from pgqrs_celery.embedded.binaries import find_postgres
-from pgqrs_celery.store import migrations
 
 ROOT = Path(__file__).parents[2]
 
@@ -20,10 +19,9 @@ Program = Callable[..., "subprocess.Popen[str]"]
 
 
 @pytest.fixture
-def store(database_dsn: str, schema: str) -> Iterator[Store]:
+def store(database_dsn: str, installed_schema: str) -> Iterator[Store]:
     """A store whose schema is installed."""
-    made = Store(database_dsn, schema)
-    migrations.install(made.ledger.database)
+    made = Store(database_dsn, installed_schema)
     yield made
     made.ledger.database.close()
 

@@ -224,10 +224,10 @@ async def test_a_handler_may_be_a_plain_function(store: Store) -> None:
 
 
 def test_what_a_killed_consumer_had_goes_to_another_one_which_skips_what_was_done(
-    store: Store, schema: str, database_dsn: str, program: Program
+    store: Store, installed_schema: str, database_dsn: str, program: Program
 ) -> None:
     run_id = asyncio.run(triggered(store))
-    victim = program(VICTIM, database_dsn, schema)
+    victim = program(VICTIM, database_dsn, installed_schema)
     assert victim.stdout is not None
     assert victim.stdout.readline() == "ready\n"
     victim.kill()

@@ -58,19 +58,19 @@ asyncio.run(main())
 
 
 def test_a_process_killed_in_a_workflow_is_followed_by_one_that_skips_what_was_done(
-    store: Store, schema: str, database_dsn: str, program: Program
+    store: Store, installed_schema: str, database_dsn: str, program: Program
 ) -> None:
-    first = program(PIPELINE, database_dsn, schema)
+    first = program(PIPELINE, database_dsn, installed_schema)
     assert first.stdout is not None
     run = first.stdout.readline().split()[1]
     assert [first.stdout.readline().strip() for _ in range(2)] == ["fetch", "slow"]
     first.kill()
     first.wait()
     assert store.run(int(run)).status == "RUNNING"
-    assert output(program(PIPELINE, database_dsn, schema, run)).splitlines() == ["slow", "Rome: 11.5"]
+    assert output(program(PIPELINE, database_dsn, installed_schema, run)).splitlines() == ["slow", "Rome: 11.5"]
     assert store.run(int(run)).output == "Rome: 11.5"
     # A run that has succeeded is not executed again.
-    assert output(program(PIPELINE, database_dsn, schema, run)).splitlines() == ["Rome: 11.5"]
+    assert output(program(PIPELINE, database_dsn, installed_schema, run)).splitlines() == ["Rome: 11.5"]
 
 
 def test_an_error_is_recorded_raised_as_it_was_and_forgotten_when_the_run_goes_on(store: Store) -> None:

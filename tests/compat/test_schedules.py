@@ -18,9 +18,9 @@ from tests.support.waiting import wait_for
 
 
 @pytest.fixture
-def pgqrs(database_dsn: str, schema: str, redis_url: str) -> Iterator[Pgqrs]:
+def pgqrs(database_dsn: str, installed_schema: str, redis_url: str) -> Iterator[Pgqrs]:
     app = Celery("schedule-tests", broker=redis_url, backend=redis_url, set_as_current=False)
-    app.conf.update(pgqrs_dsn=database_dsn, pgqrs_schema=schema, broker_connection_retry_on_startup=True)
+    app.conf.update(pgqrs_dsn=database_dsn, pgqrs_schema=installed_schema, broker_connection_retry_on_startup=True)
     made = Pgqrs(app)
     made.install()
     yield made
@@ -38,10 +38,10 @@ def workflow(pgqrs: Pgqrs) -> Workflow:
 
 
 @pytest.fixture
-def rows(database_dsn: str, schema: str) -> Iterator[Any]:
+def rows(database_dsn: str, installed_schema: str) -> Iterator[Any]:
     """Run a statement on the schedules and return what it answers."""
     with psycopg.connect(database_dsn, autocommit=True) as connection:
-        connection.execute(f"SET search_path TO {schema}")
+        connection.execute(f"SET search_path TO {installed_schema}")
 
         def ask(statement: str, *parameters: Any) -> list[tuple[Any, ...]]:
             cursor = connection.execute(statement, parameters)  # type: ignore[arg-type]

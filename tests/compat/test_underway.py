@@ -57,11 +57,11 @@ def _nothing_called() -> None:
 
 
 @pytest.fixture
-def pgqrs(database_dsn: str, schema: str, redis_url: str) -> Iterator[Pgqrs]:
+def pgqrs(database_dsn: str, installed_schema: str, redis_url: str) -> Iterator[Pgqrs]:
     app = Celery("underway-tests", broker=redis_url, backend=redis_url, set_as_current=False)
     app.conf.update(
         pgqrs_dsn=database_dsn,
-        pgqrs_schema=schema,
+        pgqrs_schema=installed_schema,
         pgqrs_lease=5.0,
         pgqrs_relay_interval=1.0,
         pgqrs_watch_interval=0.2,
@@ -525,15 +525,15 @@ handle.wait()
 
 
 def test_a_worker_killed_in_an_activity_is_followed_by_one_that_executes_only_that(
-    database_dsn: str, schema: str, program: Program
+    database_dsn: str, installed_schema: str, program: Program
 ) -> None:
-    victim = program(WORKER, database_dsn, schema, "hang")
+    victim = program(WORKER, database_dsn, installed_schema, "hang")
     assert victim.stdout is not None
     run = victim.stdout.readline().strip()
     assert [victim.stdout.readline().strip() for _ in range(2)] == ["begin", "charging"], victim.stderr
     victim.kill()
     victim.wait()
-    rescuer = program(WORKER, database_dsn, schema, "finish", run)
+    rescuer = program(WORKER, database_dsn, installed_schema, "finish", run)
     stdout, stderr = rescuer.communicate(timeout=240)
     assert rescuer.returncode == 0, stderr
     assert stdout.splitlines() == ["charging", "charged 42"]

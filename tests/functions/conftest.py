@@ -37,13 +37,15 @@ def forget_results(redis_server: embedded.RedisServer) -> Iterator[None]:
 
 
 @pytest.fixture
-def new_pgqrs(database_dsn: str, schema: str, redis_url: str) -> Iterator[Callable[..., Pgqrs]]:
+def new_pgqrs(database_dsn: str, installed_schema: str, redis_url: str) -> Iterator[Callable[..., Pgqrs]]:
     """Make apps with a ledger; settings as keyword arguments."""
     made: list[Pgqrs] = []
 
     def new(**conf: Any) -> Pgqrs:
         app = Celery("functions", broker=redis_url, backend=redis_url, set_as_current=False)
-        app.conf.update(QUICK, pgqrs_dsn=database_dsn, pgqrs_schema=schema, broker_connection_retry_on_startup=True)
+        app.conf.update(
+            QUICK, pgqrs_dsn=database_dsn, pgqrs_schema=installed_schema, broker_connection_retry_on_startup=True
+        )
         app.conf.update(conf)
         made.append(Pgqrs(app))
         made[-1].install()

@@ -43,9 +43,9 @@ class Shop:
 
 
 @pytest.fixture
-def shop(pgqrs: Pgqrs, database_dsn: str, schema: str) -> Iterator[Shop]:
+def shop(pgqrs: Pgqrs, database_dsn: str, installed_schema: str) -> Iterator[Shop]:
     """The user's table."""
-    shop = Shop(database_dsn, schema)
+    shop = Shop(database_dsn, installed_schema)
     yield shop
     shop.connection.close()
 
@@ -181,10 +181,10 @@ def test_the_body_can_neither_end_its_transaction_nor_wait_in_it(pgqrs: Pgqrs, s
 
 
 def test_more_transactional_steps_than_pooled_connections_do_not_block_each_other(
-    new_pgqrs: Callable[..., Pgqrs], database_dsn: str, schema: str
+    new_pgqrs: Callable[..., Pgqrs], database_dsn: str, installed_schema: str
 ) -> None:
     pgqrs = new_pgqrs(pgqrs_pool_size=1)
-    shop = Shop(database_dsn, schema)
+    shop = Shop(database_dsn, installed_schema)
 
     @pgqrs.step(transactional=True)
     async def order(ctx: Any, number: int) -> int:

@@ -21,9 +21,9 @@ MARK = "gone-with-its-run"
 
 
 @pytest.fixture
-def pgqrs(new_pgqrs: Callable[..., Pgqrs], database_dsn: str, schema: str) -> Pgqrs:
+def pgqrs(new_pgqrs: Callable[..., Pgqrs], database_dsn: str, installed_schema: str) -> Pgqrs:
     """Everything on one Postgres."""
-    url = f"pgqrs+{database_dsn}{'&' if '?' in database_dsn else '?'}pgqrs_schema={schema}"
+    url = f"pgqrs+{database_dsn}{'&' if '?' in database_dsn else '?'}pgqrs_schema={installed_schema}"
     return new_pgqrs(broker_url=url, result_backend=url, result_expires=None)
 
 
@@ -49,7 +49,7 @@ class Tables:
 
 
 def test_of_a_run_that_was_pruned_nothing_is_left_in_any_table(
-    pgqrs: Pgqrs, working: Working, database_dsn: str, schema: str
+    pgqrs: Pgqrs, working: Working, database_dsn: str, installed_schema: str
 ) -> None:
     @pgqrs.task(shared=False)
     def echo(value: Any) -> Any:
@@ -70,7 +70,7 @@ def test_of_a_run_that_was_pruned_nothing_is_left_in_any_table(
 
     fan = pgqrs.workflow("fan", chord(group(echo.s(MARK), echo.s(MARK)), echo.s()))
     many = pgqrs.workflow("many", group(echo.s(MARK), echo.s(MARK)))
-    tables = Tables(database_dsn, schema)
+    tables = Tables(database_dsn, installed_schema)
     with working():
         trees = [tree.delay(MARK), tree.delay("kept")]
         for run in trees:

@@ -17,12 +17,12 @@ from tests.support.shop import Shop
 
 
 @pytest.fixture
-def make_shop(redis_url: str, database_dsn: str, schema: str) -> Iterator[Callable[..., Shop]]:
+def make_shop(redis_url: str, database_dsn: str, installed_schema: str) -> Iterator[Callable[..., Shop]]:
     """Make apps on Redis that store their results there, with their ledger installed; settings as keyword arguments."""
     made: list[Shop] = []
 
     def make(**conf: Any) -> Shop:
-        shop = Shop(redis_url, database_dsn, schema, **{"backend": redis_url, **conf})
+        shop = Shop(redis_url, database_dsn, installed_schema, **{"backend": redis_url, **conf})
         shop.pgqrs.install()
         made.append(shop)
         return shop

@@ -14,9 +14,9 @@ from pgqrs_celery.store import clock
 
 
 @pytest.fixture
-def pgqrs(database_dsn: str, schema: str, redis_url: str) -> Pgqrs:
+def pgqrs(database_dsn: str, installed_schema: str, redis_url: str) -> Pgqrs:
     app = Celery("enqueue", broker=redis_url, set_as_current=False)
-    app.conf.update(pgqrs_dsn=database_dsn, pgqrs_schema=schema)
+    app.conf.update(pgqrs_dsn=database_dsn, pgqrs_schema=installed_schema)
     pgqrs = Pgqrs(app)
 
     @pgqrs.task(name="enqueue.charge", shared=False)

@@ -20,11 +20,11 @@ from pgqrs_celery.transactions import in_transaction
 
 
 @pytest.fixture(params=["redis", "postgres"])
-def pgqrs(request: pytest.FixtureRequest, database_dsn: str, schema: str, redis_url: str) -> Iterator[Pgqrs]:
+def pgqrs(request: pytest.FixtureRequest, database_dsn: str, installed_schema: str, redis_url: str) -> Iterator[Pgqrs]:
     """An app on either broker, with a durable task and a plain one."""
-    ours = f"pgqrs+{database_dsn}{'&' if '?' in database_dsn else '?'}pgqrs_schema={schema}"
+    ours = f"pgqrs+{database_dsn}{'&' if '?' in database_dsn else '?'}pgqrs_schema={installed_schema}"
     app = Celery("inside", broker=redis_url if request.param == "redis" else ours, set_as_current=False)
-    app.conf.update(pgqrs_dsn=database_dsn, pgqrs_schema=schema)
+    app.conf.update(pgqrs_dsn=database_dsn, pgqrs_schema=installed_schema)
     pgqrs = Pgqrs(app)
 
     @pgqrs.task(name="inside.charge", shared=False)
@@ -143,11 +143,11 @@ def test_asynchronous_connections_are_refused(database_dsn: str) -> None:
 
 
 def test_a_synchronous_function_run_by_an_asynchronous_connection_sends_in_its_transaction(
-    database_dsn: str, schema: str
+    database_dsn: str, installed_schema: str
 ) -> None:
-    broker = f"pgqrs+{database_dsn}{'&' if '?' in database_dsn else '?'}pgqrs_schema={schema}"
+    broker = f"pgqrs+{database_dsn}{'&' if '?' in database_dsn else '?'}pgqrs_schema={installed_schema}"
     app = Celery("inside", broker=broker, set_as_current=False)
-    app.conf.update(pgqrs_dsn=database_dsn, pgqrs_schema=schema)
+    app.conf.update(pgqrs_dsn=database_dsn, pgqrs_schema=installed_schema)
     Pgqrs(app).install()
     engine = create_async_engine(
         "postgresql+psycopg://", async_creator=lambda: psycopg.AsyncConnection.connect(database_dsn)
@@ -167,7 +167,7 @@ def test_a_synchronous_function_run_by_an_asynchronous_connection_sends_in_its_t
 
     asyncio.run(main())
     with psycopg.connect(database_dsn) as connection:
-        query = sql.SQL("SELECT count(*) FROM {}.pgqrs_messages").format(sql.Identifier(schema))
+        query = sql.SQL("SELECT count(*) FROM {}.pgqrs_messages").format(sql.Identifier(installed_schema))
         assert connection.execute(query).fetchone() == (1,)
     app.pgqrs.ledger.database.close()  # type: ignore[attr-defined]
     app.close()

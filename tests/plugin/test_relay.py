@@ -12,10 +12,10 @@ from pgqrs_celery.relay import Relay
 
 
 def test_a_lost_message_is_sent_again_on_a_connection_that_an_error_has_closed(
-    database_dsn: str, schema: str, redis_url: str
+    database_dsn: str, installed_schema: str, redis_url: str
 ) -> None:
     app = Celery("relayed", broker=redis_url, set_as_current=False)
-    app.conf.update(pgqrs_dsn=database_dsn, pgqrs_schema=schema)
+    app.conf.update(pgqrs_dsn=database_dsn, pgqrs_schema=installed_schema)
     pgqrs = Pgqrs(app)
     pgqrs.install()
 
@@ -35,7 +35,7 @@ def test_a_lost_message_is_sent_again_on_a_connection_that_an_error_has_closed(
     assert waiting() == 0
     with pytest.raises(LookupError), app.amqp.producer_pool.acquire(block=True):
         raise LookupError("kombu closes the connection of a block that ends with an error")
-    make_due: Any = f'UPDATE "{schema}".pgqrs_workflow_steps SET due_at = now()'
+    make_due: Any = f'UPDATE "{installed_schema}".pgqrs_workflow_steps SET due_at = now()'
     pgqrs.ledger.call(lambda session: session.connection.execute(make_due))
     relay = Relay(app, pgqrs.ledger, pgqrs.publish, pgqrs.chords.revive)
     relay.work()
@@ -45,10 +45,10 @@ def test_a_lost_message_is_sent_again_on_a_connection_that_an_error_has_closed(
 
 
 def test_a_relay_that_nobody_calls_looks_first_and_sends_what_it_has_seen_to_be_due(
-    database_dsn: str, schema: str, redis_url: str
+    database_dsn: str, installed_schema: str, redis_url: str
 ) -> None:
     app = Celery("quiet", broker=redis_url, set_as_current=False)
-    app.conf.update(pgqrs_dsn=database_dsn, pgqrs_schema=schema)
+    app.conf.update(pgqrs_dsn=database_dsn, pgqrs_schema=installed_schema)
     pgqrs = Pgqrs(app)
     pgqrs.install()
 
@@ -57,13 +57,13 @@ def test_a_relay_that_nobody_calls_looks_first_and_sends_what_it_has_seen_to_be_
         """Do nothing."""
 
     def status() -> tuple[Any, ...]:
-        query: Any = f'SELECT looks, due_at > now() FROM "{schema}".pgqrs_workflow_steps'
+        query: Any = f'SELECT looks, due_at > now() FROM "{installed_schema}".pgqrs_workflow_steps'
         return pgqrs.ledger.call(lambda session: session.connection.execute(query).fetchone()) or ()
 
     relay = Relay(app, pgqrs.ledger, pgqrs.publish, pgqrs.chords.revive)
     step.delay()
     assert relay.work(called=False) > 0
-    make_due: Any = f'UPDATE "{schema}".pgqrs_workflow_steps SET due_at = now()'
+    make_due: Any = f'UPDATE "{installed_schema}".pgqrs_workflow_steps SET due_at = now()'
     pgqrs.ledger.call(lambda session: session.connection.execute(make_due))
     assert relay.work(called=False) == 0
     assert status() == (0, False)

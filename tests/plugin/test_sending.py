@@ -105,10 +105,10 @@ def test_a_task_this_service_does_not_know_is_durable_if_it_is_marked(shop: Shop
 
 
 def test_a_signature_made_elsewhere_is_recorded_by_a_service_that_lacks_the_class(
-    shop: Shop, add: Any, redis_url: str, database_dsn: str, schema: str
+    shop: Shop, add: Any, redis_url: str, database_dsn: str, installed_schema: str
 ) -> None:
     travelled = json.loads(json.dumps(add.s(1, 2) | add.s(3)))
-    other = Shop(redis_url, database_dsn, schema)
+    other = Shop(redis_url, database_dsn, installed_schema)
     try:
         other.app.signature(travelled).delay()
         assert [step.task_name for step in shop.steps()] == ["shop.add"]

@@ -14,10 +14,10 @@ from pgqrs_celery.workflow import bound, named_copy
 
 
 @pytest.fixture
-def app(database_dsn: str, schema: str, redis_url: str) -> Iterator[Celery]:
+def app(database_dsn: str, installed_schema: str, redis_url: str) -> Iterator[Celery]:
     """An app that is not the current one."""
     app = Celery("shop", broker=redis_url, set_as_current=False)
-    app.conf.update(pgqrs_dsn=database_dsn, pgqrs_schema=schema)
+    app.conf.update(pgqrs_dsn=database_dsn, pgqrs_schema=installed_schema)
     pgqrs = Pgqrs(app)
     pgqrs.task(echo, name="shop.echo")
     pgqrs.install()

@@ -7,15 +7,13 @@ from collections.abc import Iterator
 import pytest
 
 from pgqrs_celery.db import Database
-from pgqrs_celery.store import migrations
 from tests.support.ledger import Ledger
 
 
 @pytest.fixture
-def database(database_dsn: str, schema: str) -> Iterator[Database]:
+def database(database_dsn: str, installed_schema: str) -> Iterator[Database]:
     """A database with the schema installed."""
-    database = Database(database_dsn, schema=schema)
-    migrations.install(database)
+    database = Database(database_dsn, schema=installed_schema)
     yield database
     database.close()
 

@@ -32,6 +32,15 @@ RUN, ROOT, OPEN_RUNS = (f"pgqrs_workflows_{suffix}" for suffix in ("pkey", "root
 PAGES = 150
 
 
+@pytest.fixture
+def database(database_dsn: str, schema: str) -> Iterator[Database]:
+    """Tables that were never used: what has been read of them is counted."""
+    database = Database(database_dsn, schema=schema)
+    migrations.install(database)
+    yield database
+    database.close()
+
+
 @pytest.fixture(scope="module")
 def large(postgres_server: embedded.PostgresServer) -> Iterator[Database]:
     """100 000 finished and 20 000 waiting steps."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import psycopg
@@ -17,7 +17,9 @@ _connections: dict[str, psycopg.Connection[Any]] = {}
 _lock = threading.Lock()
 
 
-def ask(dsn: str, statement: sql.Composable, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+def ask(
+    dsn: str, statement: sql.SQL | sql.Composed, parameters: Sequence[Any] | Mapping[str, Any] = ()
+) -> list[tuple[Any, ...]]:
     """Execute a statement in a transaction of its own; returns its rows, or an empty one for each that it changed."""
     with _lock:
         cursor = _connection(dsn).execute(statement, parameters or None)
