@@ -32,7 +32,7 @@ from pgqrs_celery.dispatch import TOGETHER
 from pgqrs_celery.durability import is_durable
 from pgqrs_celery.envelope import MARKER, PLAN, SENT, chosen
 from pgqrs_celery.exceptions import ConfigurationError
-from pgqrs_celery.execution import Phase
+from pgqrs_celery.execution import Execution, Phase
 from pgqrs_celery.outgoing import Outgoing, fix_links
 from pgqrs_celery.posting import Poster
 from pgqrs_celery.recorder import Recorder
@@ -198,25 +198,7 @@ class SendSeam:
         merged = {**headers, **(options.get("headers") or {})}
         running = execution.current()
         if not isinstance(body, tuple) or not is_durable(self.app, name, merged, body[1]):
-            assert self._send_message is not None
-            if transactions.current() is not None and self.broker() is None:
-                raise ConfigurationError(
-                    f"task {name!r} cannot be sent in a transaction (in_transaction): it is not durable, and the "
-                    "broker is not Postgres. It was not sent; make it a @pgqrs.task, or send it after the commit"
-                )
-            if running is not None and not running.settle():
-                return None
-            if isinstance(body, tuple) and body[2].get("chord"):
-                self._leave_plain(merged.get("group"))
-            if running is not None and isinstance(body, tuple):
-                self.record([Outgoing.plain(name, headers, body)], running)
-            collected, broker = _scope.get(), self.broker()
-            if collected is not None and merged.get("group") and broker is not None:
-                collected.plain.append((name, message, options))
-                return None
-            if broker is not None and producer is getattr(self._own, "producer", None):
-                producer = Poster(broker, producer, broker.publish_one)
-            return self._send_message(producer, name, message, **options)
+            return self._send_plain(producer, name, message, merged.get("group"), running, options)
         caller = _caller.get() or Caller(chosen(options), None)
         merged.pop(SENT, None)
         merged[MARKER] = merged.get(MARKER) or 1
@@ -246,6 +228,37 @@ class SendSeam:
         else:
             scope.messages.append(outgoing)
         return None
+
+    def _send_plain(
+        self,
+        producer: Any,
+        name: str,
+        message: Any,
+        group: str | None,
+        running: Execution | None,
+        options: dict[str, Any],
+    ) -> Any:
+        """Send a message that is not durable, with the other members of its group where our own broker takes it."""
+        headers, _, body, _ = message
+        assert self._send_message is not None
+        if transactions.current() is not None and self.broker() is None:
+            raise ConfigurationError(
+                f"task {name!r} cannot be sent in a transaction (in_transaction): it is not durable, and the "
+                "broker is not Postgres. It was not sent; make it a @pgqrs.task, or send it after the commit"
+            )
+        if running is not None and not running.settle():
+            return None
+        if isinstance(body, tuple) and body[2].get("chord"):
+            self._leave_plain(group)
+        if running is not None and isinstance(body, tuple):
+            self.record([Outgoing.plain(name, headers, body)], running)
+        collected, broker = _scope.get(), self.broker()
+        if collected is not None and group and broker is not None:
+            collected.plain.append((name, message, options))
+            return None
+        if broker is not None and producer is getattr(self._own, "producer", None):
+            producer = Poster(broker, producer, broker.publish_one)
+        return self._send_message(producer, name, message, **options)
 
 
 def _class_of(name: Any) -> type[AMQP]:

@@ -32,6 +32,7 @@ from pgqrs_celery.store.messages import Claimed, Handed, Published, handed
 from pgqrs_celery.transport import bell
 from pgqrs_celery.transport.appetite import Appetite, Held, Subscriber
 from pgqrs_celery.transport.broker import Broker
+from pgqrs_celery.transport.inbox import Inbox
 from pgqrs_celery.transport.sleep import Sleep
 from pgqrs_celery.transport.wire import Wire, readable
 
@@ -87,7 +88,7 @@ class Receiver:
         self.on_wire: Callable[[Wire | None, Wire | None], None] = lambda old, new: None
         self._appetites: list[Appetite] = []
         self._done: deque[UUID] = deque()
-        self._inbox: deque[tuple[Subscriber, Claimed]] = deque()
+        self._inbox = Inbox()
         self._underway: Underway | None = None
         self._linger_since: float | None = None
         self.sleep = Sleep()
@@ -152,15 +153,7 @@ class Receiver:
             if not readable([self.wire.fileno()], max(0.0, until - time.monotonic())):
                 break
             self.on_readable()
-        wanted = {*subscriber.queues, *subscriber.volatile}
-        found, kept = [], deque[tuple[Subscriber, Claimed]]()
-        for owner, claimed in self._inbox:
-            if owner is subscriber and claimed.queue not in wanted:
-                found.append(claimed)
-            else:
-                kept.append((owner, claimed))
-        self._inbox = kept
-        return found
+        return self._inbox.withdraw(subscriber)
 
     def take_back(self, message_ids: Iterable[UUID]) -> None:
         """Forget messages that somebody else has now."""
@@ -282,14 +275,14 @@ class Receiver:
 
     def _keep(self, subscriber: Subscriber, claimed: Claimed) -> None:
         self.hold(subscriber, claimed)
-        self._inbox.append((subscriber, claimed))
+        self._inbox.put(subscriber, claimed)
 
     def _taken(self, taken: list[Taken]) -> None:
         self.arrived = len(taken) > 0
         for message in sorted(taken, key=lambda t: (-t.priority, t.position)):
             owner = next((a.subscriber for a in self._appetites if message.queue in a.subscriber.volatile), None)
             if owner is not None and not message.expired:
-                self._inbox.append((owner, message.as_claimed()))
+                self._inbox.put(owner, message.as_claimed())
 
     def deliver(self) -> None:
         """Hand out what has arrived. Raises what a callback raises."""
@@ -305,10 +298,8 @@ class Receiver:
             return False
         delivered = False
         while self._inbox:
-            subscriber, message = self._inbox.popleft()
-            subscriber.deliver(message)
             delivered = True
-            if message.queue in subscriber.volatile:
+            if self._inbox.deliver_one():
                 break
         return delivered
 
@@ -353,8 +344,7 @@ class Receiver:
             self._linger_since = now
 
     def _room(self, appetite: Appetite) -> tuple[int, bool]:
-        arrived = sum(subscriber is appetite.subscriber for subscriber, _ in self._inbox)
-        return appetite.subscriber.room(arrived)
+        return appetite.subscriber.room(self._inbox.count(appetite.subscriber))
 
     def _open(self, appetite: Appetite) -> bool:
         return appetite.hungry and bool(appetite.subscriber.queues) and self._room(appetite)[0] > 0

@@ -173,7 +173,7 @@ def test_what_a_process_has_gone_on_with_can_be_ended_by_force(own_fleet: Fleet,
             control.terminate(links[1].id)
         else:
             run.cancel(terminate=True)
-        wait_for(lambda: pid not in own_fleet.workers[0].children(), PATIENCE, "the process to end")
+        wait_for(lambda: not own_fleet.workers[0].has(pid), PATIENCE, "the process to end")
         with pytest.raises(TaskRevokedError):
             result.get(timeout=PATIENCE)
     assert own_fleet.ended(links[0].id).status is Status.CANCELLED

@@ -11,8 +11,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
-import psutil
-
 from tests.support.nursery import ForkedProgram, start_celery
 from tests.support.scenario import Scenario
 from tests.support.waiting import wait_for
@@ -97,13 +95,12 @@ class WorkerProcess:
         """Whether the main process runs."""
         return self.process.poll() is None
 
-    def children(self) -> list[int]:
-        """Return the pids of the pool's processes."""
-        return [child.pid for child in psutil.Process(self.pid).children()] if self.alive else []
-
     def has(self, pid: int) -> bool:
         """Return whether a process belongs to this worker."""
-        return pid == self.pid or pid in self.children()
+        try:  # a list of a process's children takes a look at every process of the machine
+            return os.getpgid(pid) == self.pid
+        except ProcessLookupError:
+            return False
 
     def output(self) -> str:
         """Return what it has logged so far."""
@@ -118,7 +115,8 @@ class WorkerProcess:
 
     def kill_child(self, pid: int) -> None:
         """Kill one process of its pool."""
-        assert pid in self.children(), f"{pid} is no process of worker {self.name}'s pool"
+        assert self.has(pid), f"{pid} is no process of worker {self.name}"
+        assert pid != self.pid, f"{pid} is the main process of worker {self.name}"
         os.kill(pid, signal.SIGKILL)
 
     def freeze(self) -> None:
