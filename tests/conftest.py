@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
+import subprocess
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -21,11 +22,13 @@ from psycopg import sql
 
 from pgqrs_celery import embedded
 from pgqrs_celery.conf import DSN_VARIABLE
+from pgqrs_celery.embedded.account import make_directory
 from pgqrs_celery.embedded.locks import FileLock
 from tests.support.pgbouncer import find_pgbouncer, pgbouncer_for
 from tests.support.proxy import Proxy
 from tests.support.rabbitmq import Address, find_rabbitmq, shared_rabbitmq, wait_until_gone
 from tests.support.schemas import Schemas, drop_schema, new_name
+from tests.support.waiting import wait_for
 
 #: Set in CI: a broker that is missing fails the tests that need it.
 REQUIRE_BROKERS = "PGQRS_REQUIRE_BROKERS"
@@ -160,9 +163,23 @@ def server_directory() -> Iterator[Path]:
         shutil.rmtree(path)
 
 
+@pytest.fixture(scope="session")
+def cluster() -> Path:
+    """The data of a new server that has been stopped, made once per session: copying takes a fifth of `initdb`."""
+    directory = embedded.default_directory() / "cluster"
+    lock = wait_for(lambda: FileLock.try_exclusive(directory.with_suffix(".lock")), what="the cluster to be made")
+    if not (directory / "data").exists():
+        with embedded.postgres(directory, settings=POSTGRES_SETTINGS) as server:
+            server.stop()
+    lock.close()
+    return directory / "data"
+
+
 @pytest.fixture
-def own_postgres(server_directory: Path) -> embedded.PostgresServer:
-    """A Postgres of the test's own, to be killed and restarted (some 600 ms)."""
+def own_postgres(cluster: Path, server_directory: Path) -> embedded.PostgresServer:
+    """A Postgres of the test's own, to be killed and restarted (some 300 ms)."""
+    make_directory(server_directory, passable=True)
+    subprocess.run(["cp", "-a", str(cluster), str(server_directory / "data")], check=True)
     return embedded.postgres(server_directory, settings=POSTGRES_SETTINGS)
 
 
