@@ -7,6 +7,7 @@ session's, never the developer's own.
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import shutil
@@ -66,6 +67,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Leave what imports and collection have made out of later garbage collections: each would take 200 ms."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
