@@ -62,14 +62,15 @@ class Pgqrs:
         recorder = self.recorder = Recorder(app, lambda: self.ledger)
         self.chords = DurableChords(app, lambda: self.ledger, recorder)
         recorder.chords_of = self.chords.taken
-        recorder.dispatcher.broker = lambda: self.broker
+        dispatcher = recorder.dispatcher
+        dispatcher.broker = lambda: self.broker
         recorder.has_chords = lambda: shares_ledger(app.backend, self.ledger)
         recorder.shared_broker = lambda: self.shared_broker
-        self._seam = SendSeam(app, recorder, self.chords.leave_plain, recorder.dispatcher.broker)
+        self._seam = SendSeam(app, recorder, self.chords.leave_plain, dispatcher.broker)
         #: Waits as links of a canvas: ``pgqrs.sleep.si(hours=6)``, ``pgqrs.wait_for_event.si("approved")``.
         self.sleep, self.wait_for_event = make_waits(self)
-        recorder.dispatcher.publish = self.publish = self._seam.publish
-        recorder.dispatcher.own_producer = self._seam.own_producer
+        dispatcher.publish = self.publish = self._seam.publish
+        dispatcher.own_producer = self._seam.own_producer
         self._seam.install()
         app.steps["worker"].add(DurabilityStep)
         app.steps["consumer"].add(GiveBackStep)

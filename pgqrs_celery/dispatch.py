@@ -96,7 +96,7 @@ class Dispatcher:
         for message in messages:
             entry = recorded[message.task_id]
             if entry.outcome is Outcome.CANCELLED:
-                self.announce_cancelled(message)
+                self._announce_cancelled(message)
             elif entry.outcome is Outcome.SEND and not message.held:
                 message.headers[SENT] = entry.sent_at.isoformat()
                 waiting.append(message)
@@ -134,7 +134,7 @@ class Dispatcher:
         task_ids = [message.task_id for message in left]
         self._ledger().call(lambda session: clock.unsent(session, task_ids, interval=1.0))
 
-    def announce_cancelled(self, message: Outgoing) -> None:
+    def _announce_cancelled(self, message: Outgoing) -> None:
         """Store REVOKED for a message of a cancelled run and for everything that would have followed it."""
         reason = TaskRevokedError("the run was cancelled")
         followers = {task_id for link in message.chain or () for task_id in signature_ids(link)}
@@ -145,7 +145,7 @@ class Dispatcher:
         """Store REVOKED for what was not accepted because its run is cancelled."""
         for message in outgoing:
             if recorded[message.task_id].outcome is Outcome.CANCELLED:
-                self.announce_cancelled(message)
+                self._announce_cancelled(message)
 
 
 def broker_errors(producer: Any) -> tuple[type[BaseException], ...]:

@@ -1,6 +1,6 @@
 """SQLAlchemy engines, one per database and process, for the transactions that are lent to users' code.
 
-Importing this takes as long as the rest of the package together, so nothing imports it that need not.
+Importing this takes nearly as long as the rest of the package together, so nothing imports it that need not.
 """
 
 from __future__ import annotations

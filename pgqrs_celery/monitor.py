@@ -1,7 +1,7 @@
 """The read side: runs and steps for the Python API, the command line and web pages.
 
 Queries are built with SQLAlchemy Core and asked over the ledger's own connections; they take no locks. Importing this
-takes as long as the rest of the package together, so it is imported where somebody reads.
+takes nearly as long as the rest of the package together, so it is imported where somebody reads.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ class Recorder:
         self.dispatcher = Dispatcher(app, ledger)
         #: Returns, once, the chords whose headers have these group ids.
         self.chords_of: Callable[[list[str]], list[Chord]]
-        #: Returns it where it also is in the ledger's database: messages are published in the transaction that records.
+        #: Returns the broker where it is ours and in the ledger's database: what is recorded is published with that.
         self.shared_broker: Callable[[], Broker | None]
         #: Whether the result backend can complete a durable chord.
         self.has_chords: Callable[[], bool]

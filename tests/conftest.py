@@ -29,7 +29,7 @@ from tests.support.pgbouncer import find_pgbouncer, pgbouncer_for
 from tests.support.proxy import Proxy
 from tests.support.rabbitmq import Address, find_rabbitmq, shared_rabbitmq, wait_until_gone
 from tests.support.schemas import Schemas, drop_schema, new_name
-from tests.support.waiting import wait_for
+from tests.support.waiting import PATIENCE, wait_for
 
 #: Set in CI: a broker that is missing fails the tests that need it.
 REQUIRE_BROKERS = "PGQRS_REQUIRE_BROKERS"
@@ -174,7 +174,7 @@ def server_directory() -> Iterator[Path]:
 def cluster() -> Path:
     """The data of a new server that has been stopped, made once per session: copying takes a fifth of `initdb`."""
     directory = embedded.default_directory() / "cluster"
-    lock = wait_for(lambda: FileLock.try_exclusive(directory.with_suffix(".lock")), what="the cluster to be made")
+    lock = wait_for(lambda: FileLock.try_exclusive(directory.with_suffix(".lock")), PATIENCE, "the cluster")
     if not (directory / "data").exists():
         with embedded.postgres(directory, settings=POSTGRES_SETTINGS) as server:
             server.stop()

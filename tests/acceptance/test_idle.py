@@ -195,7 +195,7 @@ def test_a_worker_at_rest_takes_over_at_once_from_one_that_is_killed(
 
     wait_for(lambda: all(map(server.rests_at_all, consumers)), PATIENCE, "keepers that rest")
     client.send_task("tests.support.idle_app.hold", [str(journal)])
-    ((victim,),) = [wait_for(begun, PATIENCE, "the task to begin")]
+    ((victim,),) = [wait_for(begun, 20, "the task to begin")]
     survivor = consumers[1 - pids.index(victim)]
     until = wait_for(lambda: server.rests_until(survivor), PATIENCE, "the other worker to rest")
     os.killpg(victim, signal.SIGKILL)

@@ -21,7 +21,6 @@ THREADS = 12
 @pytest.mark.parametrize("pool_size", [1, 4])
 def test_who_sends_needs_no_connection_that_others_wait_with(scenario: Scenario, pool_size: int) -> None:
     application = Application(scenario.with_conf(pgqrs_pool_size=pool_size))
-    application.pgqrs.install()
     step, everybody = application.tasks.step, threading.Barrier(THREADS)
 
     def send(number: int) -> None:

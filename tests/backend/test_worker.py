@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import uuid
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -17,11 +16,11 @@ from celery import chain, chord, group
 from celery.exceptions import ChordError
 
 from pgqrs_celery.db import Database
-from pgqrs_celery.embedded import PostgresServer, RedisServer
-from pgqrs_celery.store import migrations
+from pgqrs_celery.embedded import RedisServer
 from tests.backend.application import BACKEND, BROKER, CRASH, JOURNAL, make_app
 from tests.backend.conftest import Spy, close
 from tests.support.nursery import start_celery
+from tests.support.schemas import Schemas
 from tests.support.waiting import wait_for
 
 
@@ -90,21 +89,14 @@ def site(redis_url: str, database_dsn: str, database: Database, tmp_path: Path) 
 
 
 @pytest.fixture(scope="module")
-def shared(
-    postgres_server: PostgresServer, redis_server: RedisServer, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Site]:
+def shared(schemas: Schemas, redis_server: RedisServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     """A site with one worker, for all tests that leave both as they find them."""
-    schema = f"t_{uuid.uuid4().hex[:16]}"
-    dsn = postgres_server.start().dsn()
-    database = Database(dsn, schema=schema)
-    migrations.install(database)
+    schema, redis = schemas.take(), redis_server.database_url(OWN_DATABASE)
     with ExitStack() as stack:
-        site = Site(redis_server.database_url(OWN_DATABASE), dsn, schema, tmp_path_factory.mktemp("site"), stack)
+        site = Site(redis, schemas.dsn, schema, tmp_path_factory.mktemp("site"), stack)
         site.start()
         yield site
-    with database.session() as session:
-        session.connection.execute(f'DROP SCHEMA "{schema}" CASCADE'.encode())
-    database.close()
+    schemas.give_back(schema)
 
 
 @pytest.fixture

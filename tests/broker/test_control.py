@@ -23,7 +23,7 @@ from pgqrs_celery.store import migrations
 from tests.broker.test_workers import TASKS, consumers, count, send, wait_until_empty
 from tests.broker.workers import Bench, application
 from tests.support.events import collected_events
-from tests.support.waiting import PATIENCE, wait_for
+from tests.support.waiting import wait_for
 
 
 @pytest.fixture
@@ -49,14 +49,14 @@ def test_a_worker_answers_and_obeys(bench: Bench, client: Celery, database: Data
     assert [q["name"] for q in inspect.active_queues()[name]] == ["celery"]
     assert inspect.stats()[name]["prefetch_count"] == 4
     control.pool_grow(2, destination=[name], reply=True, timeout=5)
-    wait_for(lambda: inspect.stats()[name]["prefetch_count"] == 12, PATIENCE, "the prefetch to grow")
+    wait_for(lambda: inspect.stats()[name]["prefetch_count"] == 12, 10, "the prefetch to grow")
     for _ in range(2):  # billiard refuses while it has not noticed yet that a new process is idle
         wait_for(
             lambda: "ok" in control.pool_shrink(1, destination=[name], reply=True, timeout=5)[0][name],
             10,
             "a shrinking",
         )
-    wait_for(lambda: inspect.stats()[name]["prefetch_count"] == 4, PATIENCE, "the prefetch to shrink")
+    wait_for(lambda: inspect.stats()[name]["prefetch_count"] == 4, 10, "the prefetch to shrink")
     control.add_consumer("other", destination=[name], reply=True, timeout=5)
     send(client, "record", "other", queue="other")
     bench.wait_for_entries(1, "record", "other")
@@ -66,7 +66,7 @@ def test_a_worker_answers_and_obeys(bench: Bench, client: Celery, database: Data
     for n in range(3):
         send(client, "record", n)
     bench.wait_for_entries(2, "record")
-    wait_for(lambda: count(database, "leased_by IS NOT NULL") == 2, PATIENCE, "the limited ones to be held")
+    wait_for(lambda: count(database, "leased_by IS NOT NULL") == 2, 5, "the limited ones to be held")
     assert len(bench.entries("record")) == 2
 
 
@@ -85,7 +85,7 @@ def test_a_revoked_task_does_not_run(bench: Bench, client: Celery, database: Dat
     client.control.revoke([waiting.id, later.id], reply=True, timeout=5, limit=1)
     client.control.revoke(busy.id, terminate=True, reply=True, timeout=5, limit=1)
     for result in (busy, waiting, later):
-        assert wait_for(lambda r=result: r.status == "REVOKED", PATIENCE, result.id)
+        assert wait_for(lambda r=result: r.status == "REVOKED", 15, result.id)
     assert bench.entries("record") == []
     wait_until_empty(database)
 
@@ -93,17 +93,17 @@ def test_a_revoked_task_does_not_run(bench: Bench, client: Celery, database: Dat
 def test_events_reach_a_receiver(bench: Bench, client: Celery) -> None:
     with collected_events(client, begun=False) as events:
         worker = bench.worker("-c", "1", "-E")
-        wait_for(lambda: "worker-heartbeat" in events.types(), PATIENCE, f"a heartbeat: {worker.text}")
+        wait_for(lambda: "worker-heartbeat" in events.types(), 15, f"a heartbeat: {worker.text}")
         send(client, "record", 1)
-        wait_for(lambda: "task-succeeded" in events.types(), PATIENCE, f"an event: {events.types()}")
+        wait_for(lambda: "task-succeeded" in events.types(), 10, f"an event: {events.types()}")
     assert {"task-received", "task-started", "task-succeeded"} <= events.types()
 
 
 def test_an_expired_task_is_revoked_not_forgotten(bench: Bench, client: Celery, database: Database) -> None:
     result = send(client, "record", "too late", expires=0.5)
-    wait_for(lambda: datetime.now(UTC) > sent_at(database) + timedelta(seconds=1), PATIENCE, "the task to expire")
+    wait_for(lambda: datetime.now(UTC) > sent_at(database) + timedelta(seconds=1), 5, "the task to expire")
     bench.worker("-c", "1")
-    wait_for(lambda: result.status == "REVOKED", PATIENCE, "the worker to revoke it")
+    wait_for(lambda: result.status == "REVOKED", 10, "the worker to revoke it")
     assert bench.entries() == []
     wait_until_empty(database)
 

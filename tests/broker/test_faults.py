@@ -20,7 +20,7 @@ from pgqrs_celery.store.messages import NewMessage
 from tests.broker.test_workers import count, send, wait_until_empty
 from tests.broker.workers import Bench, application
 from tests.support.processes import in_child
-from tests.support.waiting import PATIENCE, wait_for
+from tests.support.waiting import wait_for
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def test_a_child_forked_while_a_thread_connects_can_send(connection: kombu.Conne
             everything.enter_context(broker.database.session())
         connecting = threading.Thread(target=broker.check)
         connecting.start()
-        wait_for(broker._checking.locked, PATIENCE, "the thread to wait for a connection")
+        wait_for(broker._checking.locked, 10, "the thread to wait for a connection")
 
         def send() -> bool:
             sending = threading.Thread(target=broker.check, daemon=True)
@@ -108,7 +108,7 @@ def test_cut_connections_are_made_again_and_keep_their_messages(own_bench: Bench
     send(client, "linger", "x", 3)
     send(client, "record", "prefetched")
     own_bench.wait_for_entries(1, "linger")
-    wait_for(lambda: count(own_database, "leased_by IS NOT NULL") == 2, PATIENCE, "both to be prefetched")
+    wait_for(lambda: count(own_database, "leased_by IS NOT NULL") == 2, 5, "both to be prefetched")
     for _ in range(3):
         terminate(own_database)
         send_patiently(client, "record", "more")
@@ -145,7 +145,7 @@ def test_a_reconnection_that_is_cut_short_again_and_again_keeps_the_messages(
     send(client, "linger", "x", 4)
     send(client, "record", "prefetched")
     own_bench.wait_for_entries(1, "linger")
-    wait_for(lambda: count(own_database, "leased_by IS NOT NULL") == 2, PATIENCE, "both to be prefetched")
+    wait_for(lambda: count(own_database, "leased_by IS NOT NULL") == 2, 5, "both to be prefetched")
     with own_database.session() as session:
         session.connection.execute(CUTTING)
     terminate(own_database)
@@ -217,7 +217,7 @@ def test_a_message_that_cannot_be_decoded_is_buried_and_the_worker_lives(
         messages.publish(session, new)
     send(client, "record", "after")
     bench.wait_for_entries(1, "record", "after")
-    wait_for(lambda: count(database, "queue = 'pgqrs.dead'") == len(broken), PATIENCE, "all to be buried")
+    wait_for(lambda: count(database, "queue = 'pgqrs.dead'") == len(broken), 10, "all to be buried")
     assert count(database, "queue = 'pgqrs.dead' AND headers::json ->> 'x-death' IS NULL") == 0
     assert worker.process.poll() is None
 

@@ -16,7 +16,7 @@ from kombu.asynchronous import Hub
 from pgqrs_celery.db import Database
 from pgqrs_celery.store import consumers, messages
 from pgqrs_celery.store.messages import NewMessage
-from tests.support.waiting import PATIENCE, wait_for
+from tests.support.waiting import wait_for
 
 COUNT = 12
 
@@ -159,18 +159,18 @@ def test_a_message_that_comes_with_its_notification_counts_and_one_too_many_goes
     held: list[Any] = []
     queue = kombu.Queue("prefetch", routing_key="prefetch")
     with kombu.Consumer(connection, [queue], prefetch_count=1, callbacks=[lambda b, m: held.append((b, m))]):
-        wait_for(lambda: asleep(database, connection), PATIENCE, "the consumer to sleep")
+        wait_for(lambda: asleep(database, connection), 10, "the consumer to sleep")
         hand(database, b"1")
         assert leased(database) == 1
-        wait_for(lambda: drain(connection) or held, PATIENCE, "the message")
+        wait_for(lambda: drain(connection) or held, 10, "the message")
         pretend(database, "asleep = true")
         hand(database, b"2")
         assert leased(database) == 2
-        wait_for(lambda: drain(connection) or leased(database) == 1, PATIENCE, "the second message to go back")
+        wait_for(lambda: drain(connection) or leased(database) == 1, 10, "the second message to go back")
         ((body, message),) = held
         assert body == 1
         message.ack()
-        wait_for(lambda: drain(connection) or len(held) == 2, PATIENCE, "the second message")
+        wait_for(lambda: drain(connection) or len(held) == 2, 10, "the second message")
         assert held[1][0] == 2
         held[1][1].ack()
 
@@ -180,11 +180,11 @@ def test_a_message_for_a_consumer_that_has_left_the_queue_goes_back(
 ) -> None:
     other = kombu.Queue("other", routing_key="other")
     with kombu.Consumer(connection, [other], callbacks=[lambda b, m: m.ack()]):
-        wait_for(lambda: asleep(database, connection), PATIENCE, "the consumer to sleep")
+        wait_for(lambda: asleep(database, connection), 10, "the consumer to sleep")
         pretend(database, "queues = queues || ARRAY['prefetch']")
         hand(database, b"1")
         assert leased(database) == 1
-        wait_for(lambda: drain(connection) or leased(database) == 0, PATIENCE, "the message to go back")
+        wait_for(lambda: drain(connection) or leased(database) == 0, 10, "the message to go back")
 
 
 @pytest.fixture
@@ -194,13 +194,13 @@ def handed_out(connection: kombu.Connection, database: Database) -> Iterator[lis
 
     def take(body: int, message: kombu.Message) -> None:
         # As a task in the main process does: nothing else is done by this thread meanwhile.
-        wait_for(lambda: not sleeps(database), PATIENCE, "the database to know that the consumer is awake")
+        wait_for(lambda: not sleeps(database), 10, "the database to know that the consumer is awake")
         bodies.append(body)
         message.ack()
 
     queue = kombu.Queue("prefetch", routing_key="prefetch")
     with kombu.Consumer(connection, [queue], prefetch_count=1, callbacks=[take]):
-        wait_for(lambda: asleep(database, connection), PATIENCE, "the consumer to sleep")
+        wait_for(lambda: asleep(database, connection), 10, "the consumer to sleep")
         yield bodies
 
 
@@ -220,11 +220,11 @@ def test_a_message_whose_notification_comes_a_nap_too_late_finds_its_consumer_aw
     connection: kombu.Connection, database: Database, handed_out: list[int]
 ) -> None:
     channel, payload = overhear(database, b"1")
-    wait_for(lambda: drain(connection) or handed_out, PATIENCE, "the message")
-    wait_for(lambda: asleep(database, connection), PATIENCE, "the consumer to sleep again")
+    wait_for(lambda: drain(connection) or handed_out, 10, "the message")
+    wait_for(lambda: asleep(database, connection), 10, "the consumer to sleep again")
     with database.session() as session:
         session.connection.execute("SELECT pg_notify(%s, %s)", (channel, payload))
-    wait_for(lambda: drain(connection) or len(handed_out) == 2, PATIENCE, "the message")
+    wait_for(lambda: drain(connection) or len(handed_out) == 2, 10, "the message")
     assert handed_out == [1, 1]
 
 
@@ -234,5 +234,5 @@ def test_a_consumer_that_is_told_to_look_is_awake_when_it_hands_out_what_it_find
     with database.transaction() as session:
         messages.publish(session, [new_message(b"1")])
         consumers.tell(session, ["prefetch"])
-    wait_for(lambda: drain(connection) or handed_out, PATIENCE, "the message")
+    wait_for(lambda: drain(connection) or handed_out, 10, "the message")
     assert handed_out == [1]

@@ -117,9 +117,10 @@ def test_a_warm_shutdown_finishes_what_runs_and_gives_back_the_rest_at_once(
 def test_a_cold_shutdown_gives_back_what_ran(bench: Bench, client: Celery, database: Database) -> None:
     first = bench.worker("-c", "1")
     send(client, "linger", "x", 30)
+    bench.wait_for_entries(1, "linger")
     # Celery ends what its main process knows to have begun; it hears of that after it has.
     inspect = client.control.inspect([first.name], timeout=PATIENCE, limit=1)
-    wait_for(lambda: inspect.active()[first.name], what="the worker to know that the task has begun")
+    wait_for(lambda: inspect.active()[first.name], PATIENCE, "the worker to know that the task has begun")
     first.end(signal.SIGQUIT)
     assert count(database, "leased_by IS NULL") == 1
 
@@ -206,7 +207,7 @@ def test_a_message_that_kills_its_workers_goes_to_the_dead_letter_queue(
         worker.process.wait(10)
         worker.kill()
     last = bench.worker("-c", "1", options=options)
-    wait_for(lambda: count(database, "queue = 'pgqrs.dead'") == 1, PATIENCE, "the message to be buried")
+    wait_for(lambda: count(database, "queue = 'pgqrs.dead'") == 1, 10, "the message to be buried")
     send(client, "record", "alive")
     bench.wait_for_entries(1, "record")
     assert last.process.poll() is None

@@ -22,7 +22,6 @@ def pgqrs(database_dsn: str, installed_schema: str, redis_url: str) -> Iterator[
     app = Celery("schedule-tests", broker=redis_url, backend=redis_url, set_as_current=False)
     app.conf.update(pgqrs_dsn=database_dsn, pgqrs_schema=installed_schema, broker_connection_retry_on_startup=True)
     made = Pgqrs(app)
-    made.install()
     yield made
     made.ledger.database.close()
     app.close()

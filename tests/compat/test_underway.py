@@ -69,7 +69,6 @@ def pgqrs(database_dsn: str, installed_schema: str, redis_url: str) -> Iterator[
         broker_connection_retry_on_startup=True,
     )
     made = Pgqrs(app)
-    made.install()
     yield made
     made.ledger.database.close()
     app.close()

@@ -16,7 +16,7 @@ from pgqrs_celery import embedded
 from pgqrs_celery.embedded.binaries import package_directory
 from pgqrs_celery.exceptions import EmbeddedUnavailable
 from tests.support.rabbitmq import Address
-from tests.support.waiting import PATIENCE, wait_for
+from tests.support.waiting import wait_for
 
 ROOT = Path(__file__).parents[2]
 
@@ -114,7 +114,7 @@ def test_redis_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
         except (ProcessLookupError, FileNotFoundError):
             return True
 
-    wait_for(gone, PATIENCE, "redis to end")
+    wait_for(gone, 10, "redis to end")
 
 
 @pytest.mark.rabbitmq

@@ -59,7 +59,7 @@ def value(server: embedded.PostgresServer, query: str) -> object:
 
 
 def wait_until_gone(server: embedded.PostgresServer) -> None:
-    wait_for(lambda: server.supervisor_pid is None and not server_processes(server.data), PATIENCE, "the server to end")
+    wait_for(lambda: server.supervisor_pid is None and not server_processes(server.data), 20, "the server to end")
 
 
 def test_processes_that_start_at_once_share_one_server_which_stops_after_the_last(server_directory: Path) -> None:
@@ -158,7 +158,7 @@ def test_no_second_server_starts_over_data_that_an_invisible_one_may_still_use(s
     claim = FileLock.try_exclusive(server_directory / "server.lock")  # as by a server in another container
     assert claim is not None
     starting = start_client(server_directory)
-    wait_for(lambda: server.supervisor_pid)
+    wait_for(lambda: server.supervisor_pid, PATIENCE, "the supervisor of the second server")
     assert server_processes(server.data) == {}
     claim.close()
     assert answer(starting) == server.postmaster_pid

@@ -48,7 +48,6 @@ def new_pgqrs(database_dsn: str, installed_schema: str, redis_url: str) -> Itera
         )
         app.conf.update(conf)
         made.append(Pgqrs(app))
-        made[-1].install()
         return made[-1]
 
     yield new

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import psycopg
 import pytest
-from psycopg import sql
 
 from pgqrs_celery import embedded
 from tests.support.bench import Bench
+from tests.support.schemas import Schemas
 from tests.support.shop import Shop
 
 
@@ -23,7 +21,6 @@ def make_shop(redis_url: str, database_dsn: str, installed_schema: str) -> Itera
 
     def make(**conf: Any) -> Shop:
         shop = Shop(redis_url, database_dsn, installed_schema, **{"backend": redis_url, **conf})
-        shop.pgqrs.install()
         made.append(shop)
         return shop
 
@@ -44,25 +41,21 @@ _numbers = itertools.count(3000)
 
 @pytest.fixture(scope="module", params=["redis", "postgres"])
 def module_bench(
-    request: pytest.FixtureRequest, redis_server: embedded.RedisServer, postgres_server: embedded.PostgresServer
+    request: pytest.FixtureRequest, redis_server: embedded.RedisServer, schemas: Schemas
 ) -> Iterator[Bench]:
     """A worker on Redis; results in Redis or in the ledger's database."""
-    dsn = postgres_server.start().dsn()
-    schema = f"t_{uuid.uuid4().hex[:16]}"
+    dsn, schema = schemas.dsn, schemas.take()
     redis = redis_server.database_url(next(_numbers))
     backend = redis if request.param == "redis" else f"pgqrs+{dsn}&pgqrs_schema={schema}"
     shop = Shop(
         redis, dsn, schema, backend=backend, pgqrs_plain_links="allow", pgqrs_max_result_bytes=10_000,
         accept_content=["json", "pickle"], result_accept_content=["json", "pickle"],
     )  # fmt: skip
-    shop.pgqrs.install()
     bench = Bench(shop)
     with shop.worker() as bench.worker:
         yield bench
     shop.close()
-    with psycopg.connect(dsn, autocommit=True) as connection:
-        connection.execute("SET lock_timeout = '10s'")
-        connection.execute(sql.SQL("DROP SCHEMA {} CASCADE").format(sql.Identifier(schema)))
+    schemas.give_back(schema)
 
 
 @pytest.fixture

@@ -24,7 +24,6 @@ def pgqrs(database_dsn: str, installed_schema: str, redis_url: str) -> Pgqrs:
         return order * amount
 
     app.finalize()
-    pgqrs.install()
     return pgqrs
 
 

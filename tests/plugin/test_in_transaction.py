@@ -36,7 +36,6 @@ def pgqrs(request: pytest.FixtureRequest, database_dsn: str, installed_schema: s
         return order
 
     app.finalize()
-    pgqrs.install()
     yield pgqrs
     pgqrs.ledger.database.close()
     app.close()
@@ -148,7 +147,7 @@ def test_a_synchronous_function_run_by_an_asynchronous_connection_sends_in_its_t
     broker = f"pgqrs+{database_dsn}{'&' if '?' in database_dsn else '?'}pgqrs_schema={installed_schema}"
     app = Celery("inside", broker=broker, set_as_current=False)
     app.conf.update(pgqrs_dsn=database_dsn, pgqrs_schema=installed_schema)
-    Pgqrs(app).install()
+    Pgqrs(app)
     engine = create_async_engine(
         "postgresql+psycopg://", async_creator=lambda: psycopg.AsyncConnection.connect(database_dsn)
     )

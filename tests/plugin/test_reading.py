@@ -14,7 +14,7 @@ from tests.support.bench import Bench
 
 ROOT = Path(__file__).parents[2]
 
-#: Prints whether SQLAlchemy has been imported: after the package and a task, after a transactional one, after a look.
+#: Prints whether SQLAlchemy has been imported: with the package and a task, and with something transactional.
 WHEN = """
 import sys
 from celery import Celery

@@ -17,7 +17,6 @@ def test_a_lost_message_is_sent_again_on_a_connection_that_an_error_has_closed(
     app = Celery("relayed", broker=redis_url, set_as_current=False)
     app.conf.update(pgqrs_dsn=database_dsn, pgqrs_schema=installed_schema)
     pgqrs = Pgqrs(app)
-    pgqrs.install()
 
     @pgqrs.task(shared=False)
     def step() -> None:
@@ -50,7 +49,6 @@ def test_a_relay_that_nobody_calls_looks_first_and_sends_what_it_has_seen_to_be_
     app = Celery("quiet", broker=redis_url, set_as_current=False)
     app.conf.update(pgqrs_dsn=database_dsn, pgqrs_schema=installed_schema)
     pgqrs = Pgqrs(app)
-    pgqrs.install()
 
     @pgqrs.task(shared=False)
     def step() -> None:

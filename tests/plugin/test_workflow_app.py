@@ -20,7 +20,6 @@ def app(database_dsn: str, installed_schema: str, redis_url: str) -> Iterator[Ce
     app.conf.update(pgqrs_dsn=database_dsn, pgqrs_schema=installed_schema)
     pgqrs = Pgqrs(app)
     pgqrs.task(echo, name="shop.echo")
-    pgqrs.install()
     yield app
     pgqrs.ledger.database.close()
     app.close()

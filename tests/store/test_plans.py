@@ -5,15 +5,11 @@ Every statement is executed with the generic plan that a session of ours gives i
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Iterator
-from contextlib import closing
 from typing import Any
 from uuid import uuid4
 
-import psycopg
 import pytest
-from psycopg import sql
 
 from benchmarks.support.volume import analyze, fill
 from pgqrs_celery import embedded
@@ -22,6 +18,7 @@ from pgqrs_celery.store import migrations, recording, runs, steps, units, worker
 from pgqrs_celery.store.recording import Finished, NewStep
 from pgqrs_celery.store.results import Outcome
 from tests.support.ledger import INTERVAL, INTERVAL_MAX, LEASE, MAX_LOST, MESSAGE, POISON, Ledger
+from tests.support.schemas import drop_schema, new_name
 from tests.support.volume import Plan, explain
 
 STEPS = "pgqrs_workflow_steps"
@@ -44,7 +41,7 @@ def database(database_dsn: str, schema: str) -> Iterator[Database]:
 @pytest.fixture(scope="module")
 def large(postgres_server: embedded.PostgresServer) -> Iterator[Database]:
     """100 000 finished and 20 000 waiting steps."""
-    schema = f"t_{uuid.uuid4().hex[:16]}"
+    schema = new_name()
     database = Database(postgres_server.start().dsn(), schema=schema)
     migrations.install(database)
     with database.session() as session:
@@ -53,9 +50,7 @@ def large(postgres_server: embedded.PostgresServer) -> Iterator[Database]:
         analyze(session, schema)
     yield database
     database.close()
-    with closing(psycopg.connect(database.dsn, autocommit=True)) as connection:
-        connection.execute("SET lock_timeout = '10s'")
-        connection.execute(sql.SQL("DROP SCHEMA {} CASCADE").format(sql.Identifier(schema)))
+    drop_schema(database.dsn, schema)
 
 
 @pytest.fixture

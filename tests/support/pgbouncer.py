@@ -13,7 +13,7 @@ import psycopg
 
 from pgqrs_celery import embedded
 from pgqrs_celery.embedded.redis import free_port
-from tests.support.waiting import PATIENCE, wait_for
+from tests.support.waiting import wait_for
 
 __all__ = ["find_pgbouncer", "pgbouncer_for"]
 
@@ -49,7 +49,7 @@ def pgbouncer_for(server: embedded.PostgresServer, mode: str) -> Iterator[str]:
             return False
 
     try:
-        wait_for(answers, PATIENCE, "pgbouncer to answer")
+        wait_for(answers, 10, "pgbouncer to answer")
         yield dsn
     finally:
         process.terminate()

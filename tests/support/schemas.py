@@ -29,7 +29,7 @@ SELECT md5(string_agg(part, ',' ORDER BY part)) FROM (
                    reltuples > 0) AS part
   FROM pg_class WHERE relnamespace = %(schema)s::text::regnamespace
   UNION ALL
-  SELECT concat_ws('/', 'function', oid, proacl, proconfig) FROM pg_proc
+  SELECT concat_ws('/', 'function', oid, proacl, proconfig, md5(replace(prosrc, %(schema)s::text, ''))) FROM pg_proc
   WHERE pronamespace = %(schema)s::text::regnamespace
   UNION ALL
   SELECT concat_ws('/', 'trigger', t.oid, tgenabled::text) FROM pg_trigger t JOIN pg_class c ON c.oid = tgrelid

@@ -14,11 +14,8 @@ PATIENCE: Final = 60.0
 PAUSES: Final = (0.005, 0.05)
 
 
-def wait_for(condition: Callable[[], Value | None], timeout: float = PATIENCE, what: str = "") -> Value:
-    """Call ``condition`` until it returns something true, and return that; AssertionError after ``timeout``.
-
-    Other tests wait and compute at the same time: a timeout only ends what would never end.
-    """
+def wait_for(condition: Callable[[], Value | None], timeout: float = 10.0, what: str = "") -> Value:
+    """Call ``condition`` until it returns something true, and return that; AssertionError after ``timeout``."""
     began = time.monotonic()
     while True:
         value = condition()
