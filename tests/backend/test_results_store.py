@@ -7,7 +7,7 @@ import pytest
 from pgqrs_celery.db import Database
 from pgqrs_celery.exceptions import StoreError
 from pgqrs_celery.session import Session
-from pgqrs_celery.store import chords, results
+from pgqrs_celery.store import chords, results, waiters
 from pgqrs_celery.store.chords import Chord
 from pgqrs_celery.store.payloads import Payload
 from pgqrs_celery.store.results import Outcome, Part
@@ -73,6 +73,25 @@ def test_prune_removes_what_has_expired_in_batches(session: Session) -> None:
     second = results.prune(session, limit=5)
     assert (second.results, second.more) == (2, False)
     assert stored(session, "kept") is not None
+
+
+def test_a_batch_is_a_batch_in_tables_that_were_empty_when_they_were_vacuumed(session: Session, spy: Spy) -> None:
+    """Then Postgres expects one row, and would look for the batch once for every row of the table."""
+
+    def fill() -> None:
+        for n in range(30):
+            results.store(session, outcome(f"t{n}", expires=60))
+            results.save_group(session, f"g{n}", Payload(data="1"), 60)
+            waiters.register(session, "channel", [f"w{n}"])
+
+    fill()
+    for table in ("task_results", "groups", "waiters"):
+        spy.connection.execute(f'DELETE FROM "{spy.schema}".pgqrs_{table}'.encode())
+        spy.connection.execute(f'VACUUM (TRUNCATE off, ANALYZE) "{spy.schema}".pgqrs_{table}'.encode())
+    fill()
+    travel(session, "2 days")
+    pruned = results.prune(session, limit=5)
+    assert (pruned.results, pruned.groups, pruned.waiters, pruned.more) == (5, 5, 5, True)
 
 
 def test_prune_passes_over_rows_that_somebody_holds(session: Session, spy: Spy) -> None:

@@ -345,6 +345,44 @@ def test_a_wake_up_goes_to_as_many_sleepers_as_are_needed(session: Session) -> N
     assert consumers.wake(session, messages.publish(session, [message()])) == 0
 
 
+def empty(session: Session, schema: str, table: str) -> None:
+    """Leave a table as it is when autovacuum has visited it while it held nothing: Postgres expects one row in it."""
+    session.connection.execute(f'DELETE FROM "{schema}".{table}'.encode())
+    session.connection.execute(f'VACUUM (TRUNCATE off, ANALYZE) "{schema}".{table}'.encode())
+
+
+def test_a_message_wakes_one_sleeper_whatever_statistics_say(database: Database, session: Session) -> None:
+    def all_asleep() -> None:
+        for sleeper in [uuid4() for _ in range(5)]:
+            register(session, sleeper)
+            fall_asleep(session, sleeper)
+
+    all_asleep()
+    empty(session, database.schema, "pgqrs_consumers")
+    all_asleep()
+    post(session, message())
+    still = f'SELECT count(*) FROM "{database.schema}".pgqrs_consumers WHERE asleep'
+    assert session.connection.execute(still.encode()).fetchone() == (4,)
+
+
+def test_as_many_are_taken_or_promoted_as_were_asked_for_whatever_statistics_say(
+    database: Database, session: Session
+) -> None:
+    queues.declare(session, Queue("v", True, True, "{}"))
+
+    def fill() -> None:
+        messages.publish(session, [message("v") for _ in range(30)])
+        messages.publish(session, [message(visible_at=datetime.now(UTC) + timedelta(hours=1)) for _ in range(510)])
+
+    fill()
+    for table in ("pgqrs_broadcasts", "pgqrs_messages"):
+        empty(session, database.schema, table)
+    fill()
+    assert len(broadcasts.take(session, ["v"], count=5)) == 5
+    travel(session, 7200)
+    assert len(messages.promote(session, ["q"])) == 500
+
+
 def test_nobody_is_woken_for_an_eta_that_is_looked_at_in_time(session: Session) -> None:
     register(session, ME)
     fall_asleep(session, ME)

@@ -131,18 +131,21 @@ UPDATE {schema}.pgqrs_messages
 RETURNING message_id;
 
 -- promote: make a batch of messages ready whose time has come; returns their queues.
+WITH due AS MATERIALIZED (
+  SELECT d.message_id
+    FROM unnest(%(queues)s::text[]) AS q (name)
+         CROSS JOIN LATERAL (
+           SELECT c.message_id
+             FROM {schema}.pgqrs_messages c
+            WHERE c.queue = q.name AND c.visible_at IS NOT NULL AND c.visible_at <= {schema}.pgqrs_now()
+            ORDER BY c.visible_at
+            LIMIT 500
+              FOR NO KEY UPDATE SKIP LOCKED) AS d
+   LIMIT 500
+)
 UPDATE {schema}.pgqrs_messages m
    SET visible_at = NULL
-  FROM (SELECT d.message_id
-          FROM unnest(%(queues)s::text[]) AS q (name)
-               CROSS JOIN LATERAL (
-                 SELECT c.message_id
-                   FROM {schema}.pgqrs_messages c
-                  WHERE c.queue = q.name AND c.visible_at IS NOT NULL AND c.visible_at <= {schema}.pgqrs_now()
-                  ORDER BY c.visible_at
-                  LIMIT 500
-                    FOR NO KEY UPDATE SKIP LOCKED) AS d
-         LIMIT 500) AS due,
+  FROM due,
        (SELECT set_config('synchronous_commit', 'off', true)) AS c
  WHERE m.message_id = due.message_id
 RETURNING m.queue;

@@ -81,15 +81,19 @@ SELECT data, body, format
 DELETE FROM {schema}.pgqrs_groups WHERE group_id = %(group_id)s;
 
 -- prune: remove a batch of expired results, past those that others are removing.
-DELETE FROM {schema}.pgqrs_task_results
- WHERE task_id IN (SELECT task_id FROM {schema}.pgqrs_task_results
-                    WHERE expires_at <= {schema}.pgqrs_now()
-                    ORDER BY expires_at LIMIT %(limit)s
-                      FOR UPDATE SKIP LOCKED);
+WITH gone AS MATERIALIZED (
+  SELECT task_id FROM {schema}.pgqrs_task_results
+   WHERE expires_at <= {schema}.pgqrs_now()
+   ORDER BY expires_at LIMIT %(limit)s
+     FOR UPDATE SKIP LOCKED
+)
+DELETE FROM {schema}.pgqrs_task_results r USING gone WHERE r.task_id = gone.task_id;
 
 -- prune_groups: remove a batch of expired groups.
-DELETE FROM {schema}.pgqrs_groups
- WHERE group_id IN (SELECT group_id FROM {schema}.pgqrs_groups
-                     WHERE expires_at <= {schema}.pgqrs_now()
-                     ORDER BY expires_at LIMIT %(limit)s
-                       FOR UPDATE SKIP LOCKED);
+WITH gone AS MATERIALIZED (
+  SELECT group_id FROM {schema}.pgqrs_groups
+   WHERE expires_at <= {schema}.pgqrs_now()
+   ORDER BY expires_at LIMIT %(limit)s
+     FOR UPDATE SKIP LOCKED
+)
+DELETE FROM {schema}.pgqrs_groups g USING gone WHERE g.group_id = gone.group_id;

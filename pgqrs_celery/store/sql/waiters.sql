@@ -29,8 +29,10 @@ SELECT pg_notify(w.channel, %(task_id)s::text || chr(31)
 SELECT pg_notify(%(channel)s, '');
 
 -- prune: remove what processes that died while waiting have left.
-DELETE FROM {schema}.pgqrs_waiters
- WHERE (task_id, channel) IN (SELECT task_id, channel FROM {schema}.pgqrs_waiters
-                               WHERE seen_at < {schema}.pgqrs_now() - make_interval(secs => %(age)s)
-                               LIMIT %(limit)s
-                                 FOR UPDATE SKIP LOCKED);
+WITH gone AS MATERIALIZED (
+  SELECT task_id, channel FROM {schema}.pgqrs_waiters
+   WHERE seen_at < {schema}.pgqrs_now() - make_interval(secs => %(age)s)
+   LIMIT %(limit)s
+     FOR UPDATE SKIP LOCKED
+)
+DELETE FROM {schema}.pgqrs_waiters w USING gone WHERE (w.task_id, w.channel) = (gone.task_id, gone.channel);

@@ -174,14 +174,17 @@ END $$;
 CREATE FUNCTION {schema}.pgqrs_rouse(in_queue text, in_count integer) RETURNS TABLE (consumer_id uuid)
 LANGUAGE sql
 AS $$
+  WITH s AS MATERIALIZED (
+    SELECT c.consumer_id
+      FROM {schema}.pgqrs_consumers c
+     WHERE c.asleep AND in_queue = ANY(c.queues) AND c.dead_at IS NULL
+     ORDER BY random()
+     LIMIT in_count
+       FOR NO KEY UPDATE SKIP LOCKED
+  )
   UPDATE {schema}.pgqrs_consumers u
      SET asleep = false
-    FROM (SELECT c.consumer_id
-            FROM {schema}.pgqrs_consumers c
-           WHERE c.asleep AND in_queue = ANY(c.queues) AND c.dead_at IS NULL
-           ORDER BY random()
-           LIMIT in_count
-             FOR NO KEY UPDATE SKIP LOCKED) AS s
+    FROM s
    WHERE u.consumer_id = s.consumer_id
   RETURNING u.consumer_id;
 $$;
