@@ -29,7 +29,8 @@ class Bodies:
     """The bodies of steps being executed, and the waits, of one execution."""
 
     def __init__(self) -> None:
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
         self._active: set[str] = set()
         #: The steps in which waits are pending, "" for the function itself.
         self._waits: Counter[str] = Counter()
@@ -46,19 +47,21 @@ class Bodies:
 
     def settle(self) -> None:
         """Return when it is known whether the function is parked."""
-        with self._changed:
-            self._changed.wait_for(lambda: not self._parking)
+        with self._lock:
+            while self._parking:
+                self._changed.wait()
 
     def begin(self, step_id: str) -> None:
         """A step's body begins; to be followed by ``check`` and ``end``."""
-        with self._changed:
-            self._changed.wait_for(lambda: not self._parking)
+        with self._lock:
+            while self._parking:
+                self._changed.wait()
             self._active.add(step_id)
             self._last = time.monotonic()
 
     def end(self, step_id: str) -> None:
         """A step's outcome is recorded, or will not be."""
-        with self._changed:
+        with self._lock:
             self._active.discard(step_id)
             self._last = time.monotonic()
 
@@ -79,20 +82,20 @@ class Bodies:
     @contextmanager
     def waiting(self, step_id: str | None) -> Iterator[None]:
         """A wait is pending in the body of a step, or in the function itself."""
-        with self._changed:
+        with self._lock:
             self._waits[step_id or ""] += 1
             self._last = time.monotonic()
         try:
             yield
         finally:
-            with self._changed:
+            with self._lock:
                 self._waits[step_id or ""] -= 1
                 self._waits += Counter()  # forget those that are over
 
     @contextmanager
     def parking(self, wanted: bool) -> Iterator[bool]:
         """Say whether the function may be parked, where that is wanted; nothing begins until that is done."""
-        with self._changed:
+        with self._lock:
             quiet = self._alone or time.monotonic() - self._last >= GRACE
             may = wanted and quiet and not self._parking and not self._is_busy()
             self._parking = self._parking or may
@@ -100,7 +103,7 @@ class Bodies:
             yield may
         finally:
             if may:
-                with self._changed:
+                with self._lock:
                     self._parking = False
                     self._changed.notify_all()
 

@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol
 from pgqrs_celery import lending
 from pgqrs_celery.exceptions import StepFailed
 from pgqrs_celery.failures import as_replayed
-from pgqrs_celery.journal import Journal
+from pgqrs_celery.journal import Journal, executing
 from pgqrs_celery.lending import Work
 from pgqrs_celery.store.inner import Inner
 
@@ -39,52 +39,56 @@ class Call:
 class Attempt:
     """One execution of a step: ``prepare``, the body inside ``with``, then ``succeed`` or ``fail``."""
 
-    __slots__ = ("_began", "_call", "_hash", "_journal", "_step_id", "_work")
+    __slots__ = ("_began", "_hash", "_journal", "_token", "_work", "call", "step_id")
 
     def __init__(self, journal: Journal, call: Call, step_id: str) -> None:
         self._journal = journal
-        self._call = call
-        self._step_id = step_id
+        self.call = call
+        self.step_id = step_id
         self._hash = journal.digest(call.args, call.kwargs)
         self._began = 0.0
         self._work: Work | None = None
 
     def recall(self) -> Inner | None:
         """Return the recorded success, None where the body is to be executed; may raise the recorded error."""
-        return self._journal.recall(self._step_id, self._hash)
+        return self._journal.recall(self.step_id, self._hash)
 
     @property
     def is_ready(self) -> bool:
         """Whether ``prepare`` has nothing to ask the database."""
-        if self._call.compensate is not None and self._journal.must_note_undo:
+        if self.call.compensate is not None and self._journal.must_note_undo:
             return False
-        return not self._call.transactional and self._journal.is_confirmed and not self._journal.bodies.is_parking
+        return not self.call.transactional and self._journal.is_confirmed and not self._journal.bodies.is_parking
 
     def prepare(self) -> None:
         """Make sure that the function is still ours, and begin the step's transaction if it has one."""
         self._journal.confirm()
-        if self._call.compensate is not None:
+        if self.call.compensate is not None:
             self._journal.note_undo()
-        if self._call.transactional:
+        if self.call.transactional:
             self._work = lending.begin(self._journal.ledger.database)
-        self._journal.bodies.begin(self._step_id)
+        self._journal.bodies.begin(self.step_id)
         self._began = time.monotonic()
 
     def __enter__(self) -> None:
-        self._journal.check()  # a wait beside this step may have parked the function while this was prepared
+        journal = self._journal
+        if journal.ended is not None:  # a wait beside this step has parked the function while this was prepared
+            journal.check()
+        self._token = executing.set((journal, self.step_id))
         if self._work is not None:
             self._work.__enter__()
 
     def __exit__(self, *raised: object) -> None:
         if self._work is not None:
             self._work.__exit__(*raised)
+        executing.reset(self._token)
 
     def succeed(self, value: Any) -> Any:
         """Commit the result, in the step's own transaction if it has one; returns it as a replay would see it."""
         elapsed = time.monotonic() - self._began
-        journal, step_id, input_hash = self._journal, self._step_id, self._hash
+        journal, step_id, input_hash = self._journal, self.step_id, self._hash
         if self._work is None:
-            value = journal.succeed(step_id, value, name=self._call.name, input_hash=input_hash, elapsed=elapsed)
+            value = journal.succeed(step_id, value, name=self.call.name, input_hash=input_hash, elapsed=elapsed)
         else:
             work, self._work = self._work, None
             value = work.commit(
@@ -104,9 +108,9 @@ class Attempt:
             if not isinstance(error, Exception) or self._journal.ended is not None:
                 raise error
             elapsed = time.monotonic() - self._began
-            found = self._journal.fail(self._step_id, error, input_hash=self._hash, elapsed=elapsed)
+            found = self._journal.fail(self.step_id, error, input_hash=self._hash, elapsed=elapsed)
         finally:
-            self._journal.bodies.end(self._step_id)
+            self._journal.bodies.end(self.step_id)
         if found is None:
             seen = as_replayed(error)
             raise seen from (error if seen is not error else error.__cause__)

@@ -81,50 +81,49 @@ class Context:
 
     def perform(self, call: Call) -> Any:
         """Execute a step, or return what is recorded of it."""
-        step_id = self.journal.name(call.name)
-        return self._perform_async(call, step_id) if self.is_async else self._perform(call, step_id)
+        journal = self.journal
+        attempt = Attempt(journal, call, journal.name(call.name))
+        return self._perform_async(attempt) if self.is_async else self._perform(attempt)
 
-    def _perform(self, call: Call, step_id: str) -> Any:
-        attempt = Attempt(self.journal, call, step_id)
+    def _perform(self, attempt: Attempt) -> Any:
+        call = attempt.call
         found = attempt.recall()
         if found is not None:
             return self._recalled(call, found)
-        with self.journal.inside(step_id):
-            attempt.prepare()
-            try:
-                with attempt:
-                    value = call.function(*call.args, **call.kwargs)
-                    if isinstance(value, CoroutineType):
-                        value.close()
-                        raise StepMisused(f"step {call.name!r} is async def: its workflow must be async def, too")
-                value = attempt.succeed(value)
-            except BaseException as error:  # noqa: BLE001 - recorded, then raised again
-                value = attempt.fail(error)
-        self._saga.note(step_id, call.compensate, value)
+        attempt.prepare()
+        try:
+            with attempt:
+                value = call.function(*call.args, **call.kwargs)
+                if isinstance(value, CoroutineType):
+                    value.close()
+                    raise StepMisused(f"step {call.name!r} is async def: its workflow must be async def, too")
+            value = attempt.succeed(value)
+        except BaseException as error:  # noqa: BLE001 - recorded, then raised again
+            value = attempt.fail(error)
+        self._saga.note(attempt.step_id, call.compensate, value)
         return value
 
-    async def _perform_async(self, call: Call, step_id: str) -> Any:
-        attempt = Attempt(self.journal, call, step_id)
+    async def _perform_async(self, attempt: Attempt) -> Any:
+        call = attempt.call
         found = attempt.recall()
         if found is not None:
             return self._recalled(call, found)
-        with self.journal.inside(step_id):
-            if attempt.is_ready:
-                attempt.prepare()
-            else:
-                await self._in_thread(attempt.prepare)
-            try:
-                with attempt:
-                    if inspect.iscoroutinefunction(call.function):
-                        value = await call.function(*call.args, **call.kwargs)
-                    else:
-                        value = await self._in_thread(call.function, *call.args, **call.kwargs)
-                        if inspect.isawaitable(value):
-                            value = await value
-                value = await self._in_thread(attempt.succeed, value)
-            except BaseException as error:  # noqa: BLE001 - recorded, then raised again
-                value = await self._in_thread(attempt.fail, error)
-        self._saga.note(step_id, call.compensate, value)
+        if attempt.is_ready:
+            attempt.prepare()
+        else:
+            await self._in_thread(attempt.prepare)
+        try:
+            with attempt:
+                if inspect.iscoroutinefunction(call.function):
+                    value = await call.function(*call.args, **call.kwargs)
+                else:
+                    value = await self._in_thread(call.function, *call.args, **call.kwargs)
+                    if inspect.isawaitable(value):
+                        value = await value
+            value = await self._in_thread(attempt.succeed, value)
+        except BaseException as error:  # noqa: BLE001 - recorded, then raised again
+            value = await self._in_thread(attempt.fail, error)
+        self._saga.note(attempt.step_id, call.compensate, value)
         return value
 
     def _recalled(self, call: Call, found: Inner) -> Any:
@@ -308,14 +307,14 @@ class Context:
 
     def _gather_here(self, calls: Sequence[Any], return_exceptions: bool) -> Any:
         prepared = [self._host.prepared(call).given(self) for call in calls]
-        named = [(call, self.journal.name(call.name)) for call in prepared]
+        attempts = [Attempt(self.journal, call, self.journal.name(call.name)) for call in prepared]
         if self.is_async:
-            waiting = [self._perform_async(call, step_id) for call, step_id in named]
+            waiting = [self._perform_async(attempt) for attempt in attempts]
             return asyncio.gather(*waiting, return_exceptions=return_exceptions)
         results: list[Any] = []
-        for call, step_id in named:
+        for attempt in attempts:
             try:
-                results.append(self._perform(call, step_id))
+                results.append(self._perform(attempt))
             except Exception as error:
                 if not return_exceptions:
                     raise

@@ -25,10 +25,10 @@ import psycopg
 from psycopg import errors as pg
 from psycopg.adapt import Loader
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
-from psycopg.pq import TransactionStatus
 from psycopg.rows import tuple_row
 
 from pgqrs_celery.exceptions import ConfigurationError, NotInstalled, StoreError, StoreUnavailable
+from pgqrs_celery.pool import Pool
 from pgqrs_celery.session import Connection, Session, silenced
 from pgqrs_celery.store import statements
 
@@ -124,11 +124,7 @@ class Database:
         _databases.add(self)
 
     def _reset(self) -> None:
-        self._lock = threading.Lock()
-        self._slots = threading.BoundedSemaphore(self._pool_size)
-        #: How many connections this thread has been lent.
-        self._lent = threading.local()
-        self._idle: list[Connection] = []
+        self.pool = Pool(self._pool_size)
         self._known: weakref.WeakSet[Connection] = weakref.WeakSet()
 
     def forget_inherited(self) -> None:
@@ -201,54 +197,26 @@ class Database:
         return "; ".join(f"SET {setting}" for setting in settings).encode()
 
     def session(self) -> AbstractContextManager[Session]:
-        """Lend a connection; every statement on it commits by itself."""
-        return _Lent(self)
+        """Lend a session; every statement in it commits by itself."""
+        return Loan(self)
 
-    def take(self) -> tuple[Session, threading.BoundedSemaphore]:
-        """Take a connection out of the pool, with the slot to give it back to."""
-        slots, lent = self._slots, self._lent
-        depth = getattr(lent, "depth", 0)
-        # Who has a connection must not wait for others who wait for his: the second one is not counted.
-        if not slots.acquire(blocking=depth == 0):
-            slots = threading.BoundedSemaphore()
-            slots.acquire()
-        try:
-            with self._lock:
-                connection = self._idle.pop() if self._idle else None
-            if connection is None:
-                connection = self.connect()
-        except BaseException:
-            slots.release()
-            raise
-        lent.depth = depth + 1
-        durable = "on" if self._synchronous_commit else "off"
-        return Session(connection, self.texts, durable, self.silence), slots
+    def new_session(self) -> Session:
+        """Return a session on a new connection."""
+        return Session(self.connect(), self.texts, "on" if self._synchronous_commit else "off")
 
-    def give_back(self, connection: Connection, slots: threading.BoundedSemaphore) -> None:
-        """Put a connection back, unless it is one too many, or the process has forked since it was taken."""
-        self._lent.depth = max(0, getattr(self._lent, "depth", 0) - 1)
-        if slots is self._slots:
-            self._give_back(connection)
-        elif connection in self._known:
-            connection.close()
-        slots.release()
-
-    def _give_back(self, connection: Connection) -> None:
-        if connection.closed or connection.pgconn.transaction_status != TransactionStatus.IDLE:
-            connection.close()
-            with self._lock:
-                stale = self._idle if connection.broken else []
-                if connection.broken:
-                    self._idle = []
-            for other in stale:
-                other.close()
+    def discard(self, session: Session) -> None:
+        """Close a session, if it is not one of the parent's; what the server has ended did not end alone."""
+        connection = session.connection
+        if connection not in self._known:
             return
-        with self._lock:
-            self._idle.append(connection)
+        broken = connection.broken
+        connection.close()
+        if broken:
+            self.close()
 
     @contextmanager
     def transaction(self) -> Iterator[Session]:
-        """Lend a connection inside one transaction: committed at the end, rolled back by any exception.
+        """Lend a session inside one transaction: committed at the end, rolled back by any exception.
 
         Also rolled back, with ``StoreUnavailable``, when nothing is heard of this process for ``silence`` seconds.
         """
@@ -297,34 +265,48 @@ class Database:
 
     def close(self) -> None:
         """Close the idle connections; the database can be used again afterwards."""
-        with self._lock:
-            idle, self._idle = self._idle, []
-        for connection in idle:
-            connection.close()
+        for session in self.pool.drain():
+            session.connection.close()
 
 
-class _Lent:
-    """A connection of the pool for the length of a ``with`` block; the driver's errors leave it as this package's.
+class Loan:
+    """A session of the pool for the length of a ``with`` block; the driver's errors leave it as this package's.
 
     A class, where a generator would do: it is entered at every step of every function.
     """
 
-    __slots__ = ("_connection", "_database", "_slots")
+    __slots__ = ("_database", "_placed", "_pool", "_session")
 
     def __init__(self, database: Database) -> None:
         self._database = database
 
     def __enter__(self) -> Session:
-        session, self._slots = self._database.take()
-        self._connection = session.connection
+        database = self._database
+        pool = self._pool = database.pool
+        session, self._placed = pool.enter()
+        if session is None:
+            try:
+                session = database.new_session()
+            except BaseException:
+                pool.leave(None, placed=self._placed)
+                raise
+        session.silence = database.silence
+        self._session = session
         return session
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._database.give_back(self._connection, self._slots)
+        session, database = self._session, self._database
+        if self._pool is not database.pool:  # the process has forked since
+            database.discard(session)
+        elif self._placed and session.is_idle:
+            self._pool.leave(session, placed=True)
+        else:  # of no more use, or one too many
+            database.discard(session)
+            self._pool.leave(None, placed=self._placed)
         if isinstance(error, psycopg.Error):
-            raise translate(error, self._database.schema) from error
+            raise translate(error, database.schema) from error
 
 
 def is_direct(connection: Connection) -> bool:

@@ -72,7 +72,7 @@ class WorkerHost:
     def open(self) -> Journal:
         """Read what is recorded; nothing is, the first time the function is executed."""
         guard = self.running.guard
-        owner = Owner(guard.workflow_id, guard.ledger.app, guard.task_id, guard.lease_token, guard.generation)
+        owner = Owner(guard.workflow_id, guard.ledger.app, guard.task_id, str(guard.lease_token), guard.generation)
         prefix = "" if self._is_whole_run() else f"{guard.step_id}/"
         recorded: Sequence[inner.Inner] = ()
         if guard.fence > 1:

@@ -14,9 +14,10 @@ import re
 import threading
 import time
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import lru_cache
 from typing import Any, Final, NoReturn, TypeVar
 
 from pgqrs_celery import ids
@@ -29,7 +30,7 @@ from pgqrs_celery.states import Status
 from pgqrs_celery.store import inner, runs
 from pgqrs_celery.store.inner import Inner, NewInner, Owner
 
-__all__ = ["Journal", "current_step"]
+__all__ = ["Journal", "current_step", "executing"]
 
 logger = logging.getLogger(__name__)
 
@@ -45,28 +46,13 @@ MAX_NAME: Final = 512
 SEPARATORS: Final = re.compile(r"[%/#]")
 
 #: The journal and the id of the step being executed in this thread or task.
-_inside: ContextVar[tuple[Journal, str] | None] = ContextVar("pgqrs_inside", default=None)
+executing: ContextVar[tuple[Journal, str] | None] = ContextVar("pgqrs_executing", default=None)
 
 
 def current_step() -> str | None:
     """Return the id of the step being executed in this thread or task."""
-    inside = _inside.get()
+    inside = executing.get()
     return inside[1] if inside else None
-
-
-class Inside:
-    """The execution of a step's body, as a ``with`` block."""
-
-    __slots__ = ("_entry", "_token")
-
-    def __init__(self, journal: Journal, step_id: str) -> None:
-        self._entry = (journal, step_id)
-
-    def __enter__(self) -> None:
-        self._token = _inside.set(self._entry)
-
-    def __exit__(self, *_: object) -> None:
-        _inside.reset(self._token)
 
 
 class Journal:
@@ -96,7 +82,8 @@ class Journal:
         self._sent: dict[str, Inner] = {}
         #: Calls that something is recorded of, but no success.
         self._again = {row.step_id for row in self._recorded.values() if row.status != Status.SUCCESS}
-        self._occurrences: Counter[str] = Counter({reserved: 1})
+        #: How often each path was called.
+        self._called = {reserved: 1}
         self._lock = threading.Lock()
         self._confirmed = self._touched = time.monotonic()
         self._noted_undo = not parks
@@ -109,21 +96,23 @@ class Journal:
 
     def path(self, name: str) -> str:
         """Return a name's full path, without an occurrence number."""
-        if not name or len(name) > MAX_NAME:
-            raise StepMisused(f"a step's name must have 1 to {MAX_NAME} characters, not {len(name)}: {name[:80]!r}")
-        inside = _inside.get()
-        base = f"{inside[1]}/" if inside and inside[0] is self else self.prefix
-        return base + (SEPARATORS.sub(_escape, name) if SEPARATORS.search(name) else name)
+        inside = executing.get()
+        base = self.prefix if inside is None or inside[0] is not self else f"{inside[1]}/"
+        return base + escaped(name)
 
     def _numbered(self, path: str) -> str:
         with self._lock:
-            self._occurrences[path] += 1
-            nth = self._occurrences[path]
+            nth = self._called[path] = self._called.get(path, 0) + 1
         return path if nth == 1 else f"{path}#{nth}"
 
-    def inside(self, step_id: str) -> Inside:
+    @contextmanager
+    def inside(self, step_id: str) -> Iterator[None]:
         """Execute a step's body: what it calls is named below it."""
-        return Inside(self, step_id)
+        token = executing.set((self, step_id))
+        try:
+            yield
+        finally:
+            executing.reset(token)
 
     def digest(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
         """Return the hash of a call's arguments; None where there are none, or nobody wants to know."""
@@ -148,7 +137,8 @@ class Journal:
         An error recorded by this very attempt of the function is raised again: whoever caught it then must see it on
         a replay, too. One recorded before the function failed, or was retried, is not: the call is made again.
         """
-        self.check()
+        if self.ended is not None:
+            self.check()
         found = self._recorded.pop(step_id, None)
         if found is None or found.task_id is not None:
             return None
@@ -229,7 +219,8 @@ class Journal:
 
     def _write(self, new: NewInner) -> Inner | None:
         """Commit an outcome; returns what was recorded before, if that was a success, else None."""
-        self.go_beyond(new.step_id)
+        if self.looks_back:
+            self.go_beyond(new.step_id)
         again = new.step_id in self._again
         try:
             with self.ledger.database.session() as session:
@@ -299,8 +290,10 @@ class Journal:
         Called before each body; narrows a window that no ledger can close: a process that stalls between its last
         statement and the next body's first line.
         """
-        self.check()
-        self.go_beyond("the end of what is recorded")
+        if self.ended is not None:
+            self.check()
+        if self.looks_back:
+            self.go_beyond("the end of what is recorded")
         if self.is_confirmed:
             return
         if not self.call(lambda session: inner.owns(session, self.owner)):
@@ -335,5 +328,9 @@ class Journal:
         raise self.ended
 
 
-def _escape(found: re.Match[str]) -> str:
-    return f"%{ord(found[0]):02X}"
+@lru_cache(maxsize=256)
+def escaped(name: str) -> str:
+    """Return a name as a part of a step id; raises ``StepMisused`` for one that is too long, or empty."""
+    if not name or len(name) > MAX_NAME:
+        raise StepMisused(f"a step's name must have 1 to {MAX_NAME} characters, not {len(name)}: {name[:80]!r}")
+    return SEPARATORS.sub(lambda found: f"%{ord(found[0]):02X}", name)

@@ -21,23 +21,13 @@ from psycopg.errors import error_from_result
 from psycopg.pq import ConnStatus, DiagnosticField, ExecStatus, Format, TransactionStatus
 from psycopg.pq.abc import PGconn, PGresult
 
-__all__ = ["applies", "array", "bytea", "execute"]
+__all__ = ["IDLE", "Prepared", "array", "bytea", "possible"]
+
+#: The state of a connection that is open, and in no transaction; as a number, which is faster to look up and compare.
+IDLE: Final = int(TransactionStatus.IDLE)
+ANSWERED: Final = (int(ExecStatus.TUPLES_OK), int(ExecStatus.COMMAND_OK))
 
 PARAMETER: Final = re.compile(r"%\((\w+)\)[sb]")
-
-
-class Prepared:
-    """What a connection has prepared, and what waits for its answers."""
-
-    __slots__ = ("names", "poller")
-
-    def __init__(self, socket: int) -> None:
-        self.names: set[bytes] = set()
-        self.poller = select.poll()
-        self.poller.register(socket, select.POLLIN)
-
-
-_prepared: weakref.WeakKeyDictionary[psycopg.Connection[Any], Prepared] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,51 +47,107 @@ def compiled(name: str, text: str) -> Statement:
     return Statement(f"pgqrs_{name}".encode(), numbered.encode(), tuple(names))
 
 
-def applies(connection: psycopg.Connection[Any]) -> bool:
-    """Return whether a statement can be executed here on this connection; eventlet takes ``poll`` away."""
-    idle = connection.pgconn.transaction_status == TransactionStatus.IDLE
-    return idle and connection.prepare_threshold is not None and hasattr(select, "poll")
+def possible(connection: psycopg.Connection[Any]) -> bool:
+    """Return whether statements can be executed here on this connection; eventlet takes ``poll`` away."""
+    return connection.prepare_threshold is not None and hasattr(select, "poll")
 
 
-def execute(connection: psycopg.Connection[Any], name: str, text: str, params: Mapping[str, Any]) -> PGresult:
-    """Execute a statement and return its result, values as the server wrote them.
+class Prepared:
+    """The statements that are prepared on a connection; one per connection."""
 
-    For an idle autocommit connection that nobody else uses. Raises psycopg's errors.
-    """
-    pgconn = connection.pgconn
-    statement = compiled(name, text)
-    if pgconn.transaction_status != TransactionStatus.IDLE:
-        raise psycopg.OperationalError("the connection is closed, or in the middle of something")
-    prepared = _prepared.get(connection)
-    if prepared is None:
-        prepared = _prepared[connection] = Prepared(pgconn.socket)
-    values: list[bytes | None] = []
-    formats: list[int] | None = None
-    for key in statement.names:
-        value = params[key]
-        if value is None:
-            values.append(None)
-        elif isinstance(value, bytes):
-            formats = formats or [Format.TEXT] * len(statement.names)
-            formats[len(values)] = Format.BINARY
+    __slots__ = ("_names", "_pgconn", "_poller")
+
+    def __init__(self, pgconn: PGconn) -> None:
+        self._pgconn = pgconn
+        self._names: set[bytes] = set()
+        self._poller = select.poll()
+        self._poller.register(pgconn.socket, select.POLLIN)
+
+    @classmethod
+    def of(cls, connection: psycopg.Connection[Any]) -> Prepared:
+        """Return a connection's."""
+        found = _prepared.get(connection)
+        if found is None:
+            found = _prepared[connection] = cls(connection.pgconn)
+        return found
+
+    def execute(self, name: str, text: str, params: Mapping[str, Any]) -> PGresult:
+        """Execute a statement and return its result, values as the server wrote them.
+
+        For an autocommit connection that is idle, and that nobody else uses. Raises psycopg's errors.
+        """
+        statement = compiled(name, text)
+        values: list[bytes | None] = []
+        formats: list[int] | None = None
+        for key in statement.names:
+            value = params[key]
+            if value is not None:
+                if isinstance(value, bytes):
+                    formats = formats or [Format.TEXT] * len(statement.names)
+                    formats[len(values)] = Format.BINARY
+                else:
+                    value = str(value).encode()
+                    if b"\0" in value:  # where libpq would end it
+                        raise psycopg.DataError("text for Postgres cannot contain NUL (0x00) characters")
             values.append(value)
-        else:
-            values.append(as_text(value))
-    try:
-        return _executed(pgconn, prepared, statement, values, formats)
-    except psycopg.errors.InvalidSqlStatementName:
-        # The driver deallocates all statements of a connection, not only its own, after a ROLLBACK or a DROP. The
-        # others are noticed each in its turn: some may have been prepared since.
-        prepared.names.discard(statement.name)
-        return _executed(pgconn, prepared, statement, values, formats)
+        try:
+            return self._executed(statement, values, formats)
+        except psycopg.errors.InvalidSqlStatementName:
+            # The driver deallocates all statements of a connection, not only its own, after a ROLLBACK or a DROP. The
+            # others are noticed each in its turn: some may have been prepared since.
+            self._names.discard(statement.name)
+            return self._executed(statement, values, formats)
+
+    def _executed(
+        self, statement: Statement, values: Sequence[bytes | None], formats: Sequence[int] | None
+    ) -> PGresult:
+        if statement.name not in self._names:
+            self._prepare(statement)
+            self._names.add(statement.name)
+        self._pgconn.send_query_prepared(statement.name, values, formats)
+        result = self._answer()
+        return result if result is not None and result.status in ANSWERED else self._checked(result)
+
+    def _prepare(self, statement: Statement) -> None:
+        pgconn = self._pgconn
+        try:
+            self._checked(pgconn.prepare(statement.name, statement.text, None))
+        except psycopg.errors.DuplicatePreparedStatement:
+            # A time limit or a signal came between the server's answer and our taking note of it.
+            self._checked(pgconn.exec_(b'DEALLOCATE "%s"' % statement.name))
+            self._checked(pgconn.prepare(statement.name, statement.text, None))
+
+    def _answer(self) -> PGresult | None:
+        """Wait for the answer of the statement that has been sent, and return its last result."""
+        pgconn, poller = self._pgconn, self._poller
+        if pgconn.flush():
+            poller.modify(pgconn.socket, select.POLLIN | select.POLLOUT)
+            while pgconn.flush():
+                poller.poll()
+                pgconn.consume_input()
+            poller.modify(pgconn.socket, select.POLLIN)
+        last = None
+        while True:
+            while pgconn.is_busy():
+                poller.poll()
+                pgconn.consume_input()
+            result = pgconn.get_result()
+            if result is None:
+                return last
+            last = result
+
+    def _checked(self, result: PGresult | None) -> PGresult:
+        if result is not None and result.status in ANSWERED:
+            return result
+        pgconn = self._pgconn
+        # A result of libpq's own making has no SQLSTATE: the server's farewell was not read before we wrote.
+        if result is None or pgconn.status == ConnStatus.BAD or not result.error_field(DiagnosticField.SQLSTATE):
+            said = pgconn.error_message.decode(errors="replace").strip()
+            raise psycopg.OperationalError(f"lost the connection: {said}")
+        raise error_from_result(result)
 
 
-def as_text(value: Any) -> bytes:
-    """Return a parameter's text; raises ``DataError`` for a NUL, where libpq would end it."""
-    text = str(value).encode()
-    if b"\0" in text:
-        raise psycopg.DataError("text for Postgres cannot contain NUL (0x00) characters")
-    return text
+_prepared: weakref.WeakKeyDictionary[psycopg.Connection[Any], Prepared] = weakref.WeakKeyDictionary()
 
 
 def array(items: Iterable[Any]) -> str:
@@ -113,54 +159,3 @@ def array(items: Iterable[Any]) -> str:
 def bytea(text: bytes) -> bytes:
     """Return the bytes that the server wrote as this text."""
     return psycopg.pq.Escaping().unescape_bytea(text)
-
-
-def _executed(
-    pgconn: PGconn,
-    prepared: Prepared,
-    statement: Statement,
-    values: Sequence[bytes | None],
-    formats: Sequence[int] | None,
-) -> PGresult:
-    if statement.name not in prepared.names:
-        _prepare(pgconn, statement)
-        prepared.names.add(statement.name)
-    pgconn.send_query_prepared(statement.name, values, formats)
-    return _checked(pgconn, _answer(pgconn, prepared.poller))
-
-
-def _prepare(pgconn: PGconn, statement: Statement) -> None:
-    try:
-        _checked(pgconn, pgconn.prepare(statement.name, statement.text, None))
-    except psycopg.errors.DuplicatePreparedStatement:
-        # A time limit or a signal came between the server's answer and our taking note of it.
-        _checked(pgconn, pgconn.exec_(b'DEALLOCATE "%s"' % statement.name))
-        _checked(pgconn, pgconn.prepare(statement.name, statement.text, None))
-
-
-def _answer(pgconn: PGconn, poller: select.poll) -> PGresult | None:
-    """Wait for the answer of the statement that has been sent, and return its last result."""
-    if pgconn.flush():
-        poller.modify(pgconn.socket, select.POLLIN | select.POLLOUT)
-        while pgconn.flush():
-            poller.poll()
-            pgconn.consume_input()
-        poller.modify(pgconn.socket, select.POLLIN)
-    last = None
-    while True:
-        while pgconn.is_busy():
-            poller.poll()
-            pgconn.consume_input()
-        result = pgconn.get_result()
-        if result is None:
-            return last
-        last = result
-
-
-def _checked(pgconn: PGconn, result: PGresult | None) -> PGresult:
-    if result is not None and result.status in (ExecStatus.TUPLES_OK, ExecStatus.COMMAND_OK):
-        return result
-    # A result of libpq's own making has no SQLSTATE: the server's farewell was not read before we wrote.
-    if result is None or pgconn.status == ConnStatus.BAD or not result.error_field(DiagnosticField.SQLSTATE):
-        raise psycopg.OperationalError(f"lost the connection: {pgconn.error_message.decode(errors='replace').strip()}")
-    raise error_from_result(result)

@@ -10,7 +10,7 @@ import psycopg
 from psycopg.pq.abc import PGresult
 from psycopg.rows import class_row
 
-from pgqrs_celery import prepared
+from pgqrs_celery.prepared import IDLE, Prepared, possible
 
 __all__ = ["TRUE", "Connection", "Params", "Session", "silenced"]
 
@@ -28,17 +28,23 @@ class Session:
     Outside ``Database.transaction()`` each statement is a transaction of its own.
     """
 
-    __slots__ = ("_texts", "connection", "durable", "silence")
+    __slots__ = ("_prepared", "_texts", "connection", "durable", "silence")
 
     def __init__(
         self, connection: Connection, texts: Mapping[str, str], durable: str = "on", silence: float = 0.0
     ) -> None:
         self.connection = connection
         self._texts = texts
+        self._prepared: Prepared | None = None
         #: The value of ``synchronous_commit`` for what must be on disk before anybody acts on it.
         self.durable = durable
         #: For how long a transaction may be left alone by its client (seconds); 0 for ever.
         self.silence = silence
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether the connection is open, and in no transaction."""
+        return self.connection.pgconn.transaction_status == IDLE
 
     def text(self, name: str) -> str:
         """Return the SQL of the named statement."""
@@ -61,8 +67,10 @@ class Session:
 
     def _quick(self, name: str, params: Mapping[str, Any]) -> PGresult:
         connection = self.connection
-        if prepared.applies(connection):
-            return prepared.execute(connection, name, self._texts[name], params)
+        if self._prepared is None and possible(connection):
+            self._prepared = Prepared.of(connection)
+        if self._prepared is not None and self.is_idle:
+            return self._prepared.execute(name, self._texts[name], params)
         result = connection.execute(cast("Any", self._texts[name]), params).pgresult
         assert result is not None
         return result

@@ -39,7 +39,7 @@ class Claim:
     @property
     def owner(self) -> Owner:
         """What every fenced write of the consumer needs."""
-        return Owner(self.workflow_id, self.app, self.task_id, self.lease_token, self.generation)
+        return Owner(self.workflow_id, self.app, self.task_id, str(self.lease_token), self.generation)
 
 
 def define(session: Session, *, app: str, name: str) -> bool:

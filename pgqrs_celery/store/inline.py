@@ -76,7 +76,7 @@ def take(session: Session, workflow_id: int, lease_token: UUID) -> tuple[Owner, 
         raise RunStateError(f"run {workflow_id} is {found.run_status}; it cannot be executed any more")
     runs.begin(session, workflow_id)
     app, task_id, step_id, generation = row
-    return Owner(workflow_id, app, task_id, lease_token, generation), step_id
+    return Owner(workflow_id, app, task_id, str(lease_token), generation), step_id
 
 
 def settle(session: Session, owner: Owner, *, output: str | None = None, error: str | None = None) -> bool:
@@ -87,7 +87,7 @@ def settle(session: Session, owner: Owner, *, output: str | None = None, error: 
     """
     status = Status.FAILED if error is not None else Status.SUCCESS
     session.run("inline.settle", {**owner.params(), "status": status.value, "output": output, "error": error})
-    if not steps.finished_as(session, owner.task_id, status, owner.lease_token):
+    if not steps.finished_as(session, owner.task_id, status, UUID(owner.lease_token)):
         return False
     runs.close_if_quiet(session, owner.workflow_id)
     return True

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import Enum, auto
-from uuid import UUID
 
 from psycopg.errors import UniqueViolation
 
@@ -22,12 +21,12 @@ __all__ = ["Child", "ChildRun", "Inner", "Owner", "Wait", "Waited", "load", "rec
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """Who executes a function: everything that a fenced write needs."""
+    """Who executes a function: everything that a fenced write needs; the token as text, as each write sends it."""
 
     workflow_id: int
     app: str
     task_id: str
-    lease_token: UUID
+    lease_token: str
     generation: int
 
     def params(self) -> dict[str, object]:
@@ -136,14 +135,14 @@ def record(session: Session, owner: Owner, new: NewInner, *, again: bool = False
     """
     params = {
         "task_id": owner.task_id,
-        "lease_token": str(owner.lease_token),
+        "lease_token": owner.lease_token,
         "step_id": new.step_id,
         "name": new.name,
         "status": new.status,
         "output": new.output,
         "error": new.error,
         "input_hash": new.input_hash,
-        "elapsed": str(new.elapsed),
+        "elapsed": new.elapsed,
     }
     if not again:
         try:

@@ -40,7 +40,7 @@ class Function:
     @staticmethod
     def take(ledger: Ledger, workflow_id: int, task_id: str) -> Owner:
         """Execute a queued function."""
-        return Owner(workflow_id, ledger.app, task_id, ledger.acquire(task_id), 0)
+        return Owner(workflow_id, ledger.app, task_id, str(ledger.acquire(task_id)), 0)
 
     def again(self) -> None:
         """Execute it once more, after it was woken."""
@@ -243,7 +243,7 @@ def test_an_inner_step_is_recorded_by_the_owner_only_and_once(ledger: Ledger) ->
     found = inner.find(ledger.session, function.workflow_id, "s")
     assert found is not None
     assert (found.status, found.output) == ("SUCCESS", "1")
-    assert not record(Owner(function.workflow_id, ledger.app, function.task_id, uuid4(), 0))
+    assert not record(Owner(function.workflow_id, ledger.app, function.task_id, str(uuid4()), 0))
 
 
 def test_a_taker_over_waits_for_an_uncommitted_inner_step_and_then_sees_it(live_ledger: Ledger) -> None:

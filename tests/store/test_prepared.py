@@ -12,7 +12,7 @@ import pytest
 from pgqrs_celery import embedded
 from pgqrs_celery.db import Database
 from pgqrs_celery.exceptions import StoreError, StoreUnavailable
-from pgqrs_celery.prepared import bytea, execute
+from pgqrs_celery.prepared import Prepared, bytea
 from pgqrs_celery.session import Session
 from tests.support.waiting import wait_for
 
@@ -20,7 +20,7 @@ SERIES = "SELECT generate_series(1, %(up_to)s::int) AS n WHERE %(again)s::int = 
 
 
 def count_rows(connection: psycopg.Connection[Any], name: str, text: str, params: dict[str, Any]) -> int:
-    return execute(connection, name, text, params).command_tuples or 0
+    return Prepared.of(connection).execute(name, text, params).command_tuples or 0
 
 
 @pytest.fixture
@@ -112,16 +112,18 @@ def test_a_statement_whose_preparation_was_interrupted_is_prepared_again(
 ) -> None:
     with connection:
         connection.pgconn.prepare(b"pgqrs_one", b"SELECT 'another one'")
-        result = execute(connection, "one", "SELECT 1", {})
+        result = Prepared.of(connection).execute("one", "SELECT 1", {})
         assert result.get_value(0, 0) == b"1"
 
 
-def test_a_transaction_or_a_closed_connection_is_refused(connection: psycopg.Connection[tuple[int]]) -> None:
-    with connection.transaction(), pytest.raises(psycopg.OperationalError):
-        count_rows(connection, "one", "SELECT 1", {})
+@pytest.mark.parametrize("known", [False, True])
+def test_a_closed_connection_is_refused(connection: psycopg.Connection[tuple[int]], known: bool) -> None:
+    session = Session(connection, {"one": "SELECT 1"})
+    if known:
+        session.quick_row("one", {})
     connection.close()
-    with pytest.raises(psycopg.OperationalError):
-        count_rows(connection, "one", "SELECT 1", {})
+    with pytest.raises(psycopg.OperationalError, match="closed"):
+        session.quick_row("one", {})
 
 
 def test_a_server_that_hangs_up_in_mid_statement_is_unavailable(database: Database, database_dsn: str) -> None:
@@ -169,7 +171,7 @@ def test_bytes_come_back_in_either_form_the_server_writes(
 ) -> None:
     with connection:
         connection.execute(f"SET bytea_output = {output}".encode())
-        result = execute(connection, "bytes", "SELECT %(value)b::bytea", {"value": b"\x00\\ab\xff"})
+        result = Prepared.of(connection).execute("bytes", "SELECT %(value)b::bytea", {"value": b"\x00\\ab\xff"})
         text = result.get_value(0, 0)
         assert text is not None
         assert bytea(text) == b"\x00\\ab\xff"
