@@ -7,15 +7,17 @@ a pool process into "due at once" instead of a failure.
 from __future__ import annotations
 
 import logging
+import threading
 import weakref
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import datetime
 from typing import Any
 
 from billiard.einfo import ExceptionWithTraceback  # type: ignore[attr-defined]
 from billiard.exceptions import Terminated, WorkerLostError
 from celery.worker import request as celery_request
-from celery.worker.state import task_ready
+from celery.worker.state import requests, reserved_requests, task_ready
 
 from pgqrs_celery import ids
 from pgqrs_celery.board import Entry
@@ -32,6 +34,11 @@ logger = logging.getLogger(__name__)
 
 Request: Any = celery_request.Request
 
+#: The messages of one task that this process has at the same time, where there are several: a copy, or a function that
+#: was sent again at once. Celery knows the newest of them, and none any more when one has ended.
+_several: dict[str, weakref.WeakSet[DurableRequest]] = {}
+_noting = threading.Lock()  # threads of a pool end their messages themselves
+
 
 class DurableRequest(Request):  # type: ignore[misc]
     """A request the lease keeper knows about."""
@@ -39,6 +46,10 @@ class DurableRequest(Request):  # type: ignore[misc]
     def __init__(self, message: Any, **options: Any) -> None:
         super().__init__(message, **options)
         self._ledger: Ledger = ledger_of(self.app)
+        other = requests.get(self.id)
+        if other is not None:
+            with _noting:
+                _several.setdefault(self.id, weakref.WeakSet([other])).add(self)
         holdings, key = self._ledger.holdings, id(self)
         holdings.enter(key, self.id)
         weakref.finalize(self, holdings.leave, key)
@@ -52,13 +63,32 @@ class DurableRequest(Request):  # type: ignore[misc]
         if own is not None:
 
             def on_success(self: DurableRequest, outcome: Any, **kwargs: Any) -> Any:
-                self._leave()
-                return own(self, outcome, **kwargs)
+                with self._leaving():
+                    return own(self, outcome, **kwargs)
 
             cls.on_success = on_success
 
-    def _leave(self) -> None:
+    @contextmanager
+    def _leaving(self) -> Iterator[None]:
+        """This process is done with the message, as Celery notes in the block; it is to know the others of the task."""
         self._ledger.holdings.leave(id(self))
+        try:
+            yield
+        finally:
+            others = self._others()
+            if others:
+                requests[self.id] = others[-1]
+            else:
+                _several.pop(self.id, None)
+
+    def _others(self) -> list[DurableRequest]:
+        """Return the other messages of the task that this process has; one that is being executed comes last."""
+        if self.id not in _several:
+            return []
+        with _noting:
+            known = list(_several.get(self.id, ()))
+        others = [other for other in known if other is not self and other in reserved_requests]
+        return sorted(others, key=lambda other: other.time_start or 0.0)
 
     def revoked(self) -> Any:
         """Return whether the task is not to be executed; what it has done is undone all the same."""
@@ -66,9 +96,9 @@ class DurableRequest(Request):  # type: ignore[misc]
 
     def terminate(self, pool: Any, signal: Any = None) -> Any:
         """Kill the process that executes the task, unless it undoes what the task has done, or has gone on since."""
-        if self.request_dict.get(UNDOING) or self._gone_on() is not None:
-            return None
-        return super().terminate(pool, signal)
+        for request in (self, *self._others()):
+            if not request.request_dict.get(UNDOING) and request._gone_on() is None:
+                super(DurableRequest, request).terminate(pool, signal)
 
     def info(self, safe: bool = False) -> dict[str, Any]:
         """Return what remote control shows; of a process that has gone on by itself, what it is at."""
@@ -91,18 +121,20 @@ class DurableRequest(Request):  # type: ignore[misc]
 
     def on_timeout(self, soft: bool, timeout: float) -> None:
         """The task ran out of time."""
-        if not soft:
-            self._leave()
-        super().on_timeout(soft, timeout)
+        with nullcontext() if soft else self._leaving():
+            super().on_timeout(soft, timeout)
 
     def on_retry(self, exc_info: Any) -> None:
         """The task will be retried; the ledger has the retry's message."""
-        self._leave()
-        super().on_retry(exc_info)
+        with self._leaving():
+            super().on_retry(exc_info)
 
     def on_failure(self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> Any:
         """The task failed, or the process that executed it is gone."""
-        self._leave()
+        with self._leaving():
+            return self._on_failure(exc_info, send_failed_event, return_ok)
+
+    def _on_failure(self, exc_info: Any, send_failed_event: bool, return_ok: bool) -> Any:
         exc = exc_info.exception
         if isinstance(exc, ExceptionWithTraceback):
             exc = exc.exc
@@ -148,12 +180,12 @@ class DurableRequest(Request):  # type: ignore[misc]
             self.send_event("task-retried", exception=repr(exc), traceback="")
 
     def _announce_revoked(self, *args: Any, **kwargs: Any) -> None:
-        self._leave()
-        super()._announce_revoked(*args, **kwargs)
+        with self._leaving():
+            super()._announce_revoked(*args, **kwargs)
 
     def _announce_cancelled(self, *args: Any, **kwargs: Any) -> None:
-        self._leave()
-        super()._announce_cancelled(*args, **kwargs)
+        with self._leaving():
+            super()._announce_cancelled(*args, **kwargs)
 
 
 def route(delivery_info: Any) -> str:

@@ -7,7 +7,9 @@ from celery import chain
 from celery.exceptions import TaskRevokedError, TimeLimitExceeded
 
 from pgqrs_celery import Status
+from tests.support.copies import sent_messages
 from tests.support.fleet import Fleet
+from tests.support.scenario import LONG_LEASE, Scenario
 from tests.support.vocabulary import named
 from tests.support.waiting import PATIENCE, wait_for
 
@@ -42,3 +44,28 @@ def test_a_step_that_is_ended_by_force_ends_its_run(fleet: Fleet, how: str) -> N
     assert fleet.ended(first.id).status is Status.CANCELLED
     assert {s.task_id: s.status for s in run.steps()} == {first.id: "SUCCESS", second.id: "CANCELLED"}
     fleet.expect({first.id: 1, second.id: 1, third.id: 0})
+
+
+@pytest.mark.parametrize("each_scenario", ["postgres", "redis"], indirect=True)
+def test_a_copy_of_its_message_does_not_hide_a_step_from_who_ends_it_by_force(each_scenario: Scenario) -> None:
+    with Fleet(each_scenario.with_conf(**LONG_LEASE), size=1) as fleet:
+        app, (worker,) = fleet.application.celery, fleet.workers
+        step = named(fleet.tasks.step.s([], "a"))
+        with fleet.scenario.points.arm("in_body", step.id) as trap, sent_messages() as messages:
+            result = step.delay()
+            pid = trap.wait()
+            messages[step.id].deliver_again(app)
+            wait_for(lambda: fleet.logged(f"Task step[{step.id}] ignored"), PATIENCE, "the copy to end")
+            inspect = app.control.inspect([worker.hostname], timeout=PATIENCE, limit=1)
+
+            def heard() -> bool:
+                begun = inspect.stats()[worker.hostname]["total"]["step"]
+                return begun == 2 and len(inspect.active()[worker.hostname]) == 1
+
+            wait_for(heard, PATIENCE, "the main process to hear of both")
+            app.control.revoke(step.id, terminate=True)
+            with pytest.raises(TaskRevokedError):
+                result.get(timeout=PATIENCE)
+            wait_for(lambda: not worker.has(pid), PATIENCE, "the process to end")
+        assert fleet.ended(step.id).status is Status.CANCELLED
+        fleet.expect({step.id: 1})

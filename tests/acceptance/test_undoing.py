@@ -34,7 +34,7 @@ def undone(fleet: Fleet, key: str) -> list[str]:
 
 def check(fleet: Fleet, key: str, run: WorkflowRun, status: str, twice: str | None = None, thought: int = 1) -> None:
     """Everything was done once and undone in reverse order; the function's row says how it ended."""
-    wait_for(lambda: row_of(run).status == status, PATIENCE, f"the function to be {status}")
+    fleet.wait_for(run, lambda: row_of(run).status == status, f"have its function {status}")
     assert undone(fleet, key) == UNDONE
     counts = {f"{key}/{name}": 1 + (name == twice) for name in [*DONE, *UNDONE]}
     fleet.expect({**counts, f"{key}/think": thought})

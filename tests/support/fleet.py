@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -119,14 +119,18 @@ class Fleet:
     def ended(self, result: AsyncResult[Any] | str) -> WorkflowRun:
         """Wait until the run of a result has ended and return it."""
         run = self.run_of(result)
+        self.wait_for(run, lambda: run.status in TERMINAL, "end")
+        return run
+
+    def wait_for(self, run: WorkflowRun, condition: Callable[[], bool], what: str) -> None:
+        """Wait until something is true of a run; if it is not in the end, say how the run stands."""
         try:
-            wait_for(lambda: run.status in TERMINAL, PATIENCE, f"run {run.id} to end")
+            wait_for(condition, PATIENCE, f"run {run.id} to {what}")
         except AssertionError as error:
             steps_now = "".join(f"\n  {step}" for step in run.steps())
             raise AssertionError(
                 f"{error}; it is {run.status}, its steps are:{steps_now}\n{self.last_words()}"
             ) from None
-        return run
 
     def last_words(self) -> str:
         """Return the end of what each worker has logged."""
