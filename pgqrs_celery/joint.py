@@ -76,23 +76,39 @@ class Joint:
             return False
         deferred, running.deferred = running.deferred, Deferred()
         following = self._candidate(recorder, running, deferred, outcome)
+        events: list[NewMessage] = []
         if following is not None:
             following.announce()
 
         def work(session: Session) -> Answer:
+            prepared = None
+            if following is None or _is_told(deferred):
+                prepared = self._prepare(recorder, running, deferred, outcome)
+                events[:] = (prepared or [])[1:]
             if following is not None:
-                self._announce(recorder, running, deferred, outcome)
                 return _go_on(session, self, running, following, outcome)
-            prepared = self._prepare(recorder, running, deferred, outcome)
             if prepared is None:
                 return _write(session, self, recorder, running, deferred, outcome)
-            return _write_unit(session, self, running, deferred, outcome, prepared)
+            return _write_unit(session, self, running, deferred, outcome, prepared[:1])
 
         answer = ledger.call(work, patience=max(ledger.settings.patience, ledger.settings.lease))
         uncommitted, running.uncommitted = running.uncommitted, None
         if not answer.accepted and uncommitted is not None:
             running.lose()
             return False
+        if events and self.broker is not None:
+            self.broker.publish(events)
+        return self._follow(recorder, running, deferred, following, answer)
+
+    def _follow(
+        self,
+        recorder: Recorder,
+        running: Execution,
+        deferred: Deferred,
+        following: Candidate | None,
+        answer: Answer,
+    ) -> bool:
+        """Do what comes after the commit; returns whether the chord the step belongs to seems complete."""
         if following is not None:
             if answer.taken:
                 following.take(answer.recorded[0])
@@ -103,7 +119,7 @@ class Joint:
         if deferred.messages:
             recorder.send_deferred(deferred, answer.recorded, published=self.broker is not None)
         if answer.quiet:
-            ledger.call(lambda session: runs.close_if_quiet(session, running.guard.workflow_id))
+            self.ledger.call(lambda session: runs.close_if_quiet(session, running.guard.workflow_id))
         return answer.complete
 
     def _candidate(
@@ -115,15 +131,10 @@ class Joint:
             return None
         return candidate(running, deferred.messages[0], deferred.rows[0], recorder.app)
 
-    def _announce(self, recorder: Recorder, running: Execution, deferred: Deferred, outcome: Outcome) -> None:
-        """Tell whoever listens to what is sent: he has a say in it (in its headers, say), though it is not sent."""
-        if signals.before_task_publish.receivers or signals.after_task_publish.receivers:
-            self._prepare(recorder, running, deferred, outcome)
-
     def _prepare(
         self, recorder: Recorder, running: Execution, deferred: Deferred, outcome: Outcome
     ) -> list[NewMessage] | None:
-        """Return the messages (one at most) of a unit that fits into one statement, or None where it does not."""
+        """Return what a unit sends that fits into one statement (a message, then its event), or None."""
         if running.uncommitted is None or outcome.part is not None or len(deferred.rows) > 1:
             return None
         if self.broker is None or not deferred.rows:
@@ -132,7 +143,13 @@ class Joint:
         sent_at = running.guard.database_time()
         recorded = {row.task_id: Recorded(row.task_id, SENDING, sent_at) for row in deferred.rows}
         messages = recorder.dispatcher.collect(deferred.messages, recorded)
-        return messages if all(not m.exchange and m.visible_at is None for m in messages) else None
+        return messages if all(not m.exchange and m.visible_at is None for m in messages[:1]) else None
+
+
+def _is_told(deferred: Deferred) -> bool:
+    """Whether somebody is told of what is sent, though it is not; he may have a say in it (in its headers, say)."""
+    told = signals.before_task_publish.receivers or signals.after_task_publish.receivers
+    return bool(told) or any(message.sent_event for message in deferred.messages)
 
 
 @dataclass(frozen=True, slots=True)

@@ -188,7 +188,7 @@ class Recorder:
         if len(prepared) > 1 or len(batch) > 1 or message.held or keyed or message.is_routed:
             return False
         message.producer = self.dispatcher.own_producer()
-        (sent,) = self.dispatcher.rows(batch)
+        sent, *events = self.dispatcher.rows(batch)
         if sent.exchange or sent.visible_at is not None:
             return False
         run, near = self.drafter.new_run(ledger, root_id, batch, spec), broker.near(sent.routing_key)
@@ -199,6 +199,8 @@ class Recorder:
             return False
         if near is not None:
             near.ring(news=True)
+        if events:
+            broker.publish(events)
         if spec is not None:
             spec.workflow_id = workflow_id
         return True

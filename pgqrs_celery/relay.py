@@ -237,10 +237,22 @@ class Relay:
             headers=headers,
             properties=dict(envelope.properties),
             body=(args, kwargs, envelope.body[2]),
-            sent_event=None,
+            sent_event=self._event(headers, envelope.name) if step.sent_at is None else None,
             options={**options, "serializer": envelope.serializer, "retry": True, "retry_policy": ONCE},
         )
         self._publish(message, producer)
+
+    def _event(self, headers: Mapping[str, Any], name: str) -> dict[str, Any] | None:
+        """Return what a ``task-sent`` event says of a message that was held until now, where the app wants to know."""
+        if not self.app.conf.task_send_sent_event:
+            return None
+        return {
+            "uuid": headers["id"],
+            "name": name,
+            "args": headers.get("argsrepr"),
+            "kwargs": headers.get("kwargsrepr"),
+            **{key: headers.get(key) for key in ("root_id", "parent_id", "retries", "eta", "expires")},
+        }
 
     def _envelope(self, step: DueStep) -> Envelope:
         assert step.message is not None

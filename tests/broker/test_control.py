@@ -252,6 +252,7 @@ def test_results_by_rpc_arrive(tmp_path: Path, broker_url: str) -> None:
         assert [r.get(timeout=10) for r in results] == [0, 1, 2, 3, 4]
     finally:
         bench.stop()
+        client.backend.result_consumer.stop()  # type: ignore[attr-defined]
         client.close()
 
 
