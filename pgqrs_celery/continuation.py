@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from billiard.process import current_process
 from celery.app.trace import trace_task
@@ -35,9 +35,12 @@ from pgqrs_celery.outgoing import Outgoing
 from pgqrs_celery.store.recording import NewStep, Recorded
 from pgqrs_celery.store.units import Taking
 
-__all__ = ["Candidate", "candidate", "going_on", "guard_of"]
+__all__ = ["REQUEST", "Candidate", "candidate", "going_on", "guard_of"]
 
 logger = logging.getLogger(__name__)
+
+#: How durable tasks name the class of their requests, which handles their messages in the worker's main process.
+REQUEST: Final = "pgqrs_celery.request:DurableRequest"
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +186,7 @@ def candidate(running: Execution, message: Outgoing, step: NewStep, app: Any) ->
     if board is None or worker_id is None or _stretch.since is None or not board.permitted:
         return None
     task = app.tasks.get(message.name)
-    if now - _stretch.since >= ledger.settings.local_continuation or not _fits(task, message, step, running.request):
+    if now - _stretch.since >= ledger.settings.stretch or not _fits(task, message, step, running.request):
         return None
     if _stretch.place is None:
         _stretch.place = board.place(getattr(current_process(), "index", -1))
@@ -205,6 +208,7 @@ def _fits(task: Any, message: Outgoing, step: NewStep, request: Any) -> bool:
         and not (headers.get("expires") or headers.get("eta") or any(headers.get("timelimit") or ()))
         and not headers.get("stamped_headers")  # by which tasks are revoked
         and not (task.time_limit or task.soft_time_limit or task.rate_limit)
+        and task.Request == REQUEST  # one of the user's own is there for what the main process hears
         and not (options.get("exchange") or route.get("exchange"))
         and getattr(queue, "name", queue) == route.get("routing_key")
         and (options.get("priority") or 0) == (route.get("priority") or 0)

@@ -1,4 +1,4 @@
-"""Ending by force what a process has gone on with by itself: remote control's ``revoke`` and ``terminate``.
+"""Remote control of what a process has gone on with by itself: ``revoke``, ``terminate`` and ``query_task``.
 
 Celery's own commands look for the task among the requests of the worker's main process, where such a step is not. So
 where local continuation is on they are followed by a look at the board.
@@ -14,6 +14,7 @@ from typing import Any
 from billiard.common import TERM_SIGNAME
 from celery.platforms import signals
 from celery.worker.control import Panel
+from celery.worker.state import active_requests
 from kombu.utils.functional import maybe_list
 
 from pgqrs_celery.board import Board, Entry
@@ -23,12 +24,12 @@ from pgqrs_celery.ledger import Ledger
 from pgqrs_celery.session import Session
 from pgqrs_celery.store import runs, steps
 
-__all__ = ["Termination"]
+__all__ = ["RemoteControl"]
 
 logger = logging.getLogger(__name__)
 
 
-class Termination:
+class RemoteControl:
     """The commands of one worker."""
 
     def __init__(self, worker: Any, ledger: Ledger, board: Board) -> None:
@@ -40,8 +41,8 @@ class Termination:
     def install(self) -> None:
         """Let Celery's commands be followed by ours, until ``uninstall``; a process has one worker at a time."""
         commands: dict[str, Callable[..., Any]] = Panel.data
-        revoke, terminate = commands["revoke"], commands["terminate"]
-        self._before = {"revoke": revoke, "terminate": terminate}
+        self._before = {name: commands[name] for name in ("revoke", "terminate", "query_task")}
+        revoke, terminate, query = self._before.values()
 
         def revoke_too(state: Any, task_id: Any, terminate: bool = False, signal: Any = None, **options: Any) -> Any:
             answer = revoke(state, task_id, terminate=terminate, signal=signal, **options)
@@ -54,11 +55,23 @@ class Termination:
             self.end(maybe_list(task_id) or (), signal)
             return answer
 
-        commands.update(revoke=revoke_too, terminate=terminate_too)
+        def query_too(state: Any, ids: Any, **options: Any) -> Any:
+            return {**query(state, ids, **options), **self.shown(maybe_list(ids) or ())}
+
+        commands.update(revoke=revoke_too, terminate=terminate_too, query_task=query_too)
 
     def uninstall(self) -> None:
         """Leave Celery's commands as they were."""
         Panel.data.update(self._before)
+
+    def shown(self, task_ids: Iterable[str]) -> dict[str, tuple[str, dict[str, Any]]]:
+        """Return how remote control shows the tasks among these that processes have gone on with."""
+        wanted = {entry.pid: entry.task_id for entry in self.board.entries() if entry.task_id in set(task_ids)}
+        return {
+            wanted[request.worker_pid]: ("active", request.info())
+            for request in list(active_requests)
+            if request.worker_pid in wanted
+        }
 
     def end(self, task_ids: Iterable[str], signal: Any) -> None:
         """Cancel the steps among these that processes have gone on with, and end these processes."""

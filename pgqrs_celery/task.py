@@ -57,7 +57,7 @@ class DurableTask(Task):  # type: ignore[type-arg]
     abstract = True
     pgqrs_durable = True
     pgqrs_kind = "canvas"
-    Request = "pgqrs_celery.request:DurableRequest"
+    Request = continuation.REQUEST
     _tracer: Any = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

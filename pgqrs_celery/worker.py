@@ -20,9 +20,9 @@ from pgqrs_celery.ledger import Ledger
 from pgqrs_celery.permission import Permission
 from pgqrs_celery.presence import Presence
 from pgqrs_celery.relay import Relay
+from pgqrs_celery.remote import RemoteControl
 from pgqrs_celery.store import migrations, runs, workers
 from pgqrs_celery.task import ledger_of
-from pgqrs_celery.termination import Termination
 
 __all__ = ["DurabilityStep", "GiveBackStep"]
 
@@ -117,12 +117,14 @@ class DurabilityStep(bootsteps.StartStopStep):
         # Made before the pool forks: parent and children share their pages ...
         ledger = ledger_of(parent.app)
         ledger.incarnation = Incarnation()
-        ledger.board = Board() if ledger.settings.local_continuation else None
-        if ledger.board is not None and not goes_on(parent.app, ledger):
-            logger.warning("%s", NO_UNIT)
-            ledger.board = None
+        ledger.board = None
+        if ledger.settings.stretch:
+            if goes_on(parent.app, ledger):
+                ledger.board = Board()
+            elif ledger.settings.local_continuation is not None:
+                logger.warning("%s", NO_UNIT)
         self._permission: Permission | None = None
-        self._termination: Termination | None = None
+        self._remote: RemoteControl | None = None
         # ... and found out before: a process that is replaced may be forked while the relay would be at it.
         parent.app.pgqrs.shared_broker  # noqa: B018
 
@@ -153,8 +155,8 @@ class DurabilityStep(bootsteps.StartStopStep):
         board = ledger_of(parent.app).board
         if board is not None and self._permission is None:
             self._permission = Permission(parent, ledger_of(parent.app), board)
-            self._termination = Termination(parent, ledger_of(parent.app), board)
-            self._termination.install()
+            self._remote = RemoteControl(parent, ledger_of(parent.app), board)
+            self._remote.install()
         permission = self._permission
 
         def look() -> None:
@@ -196,8 +198,8 @@ class DurabilityStep(bootsteps.StartStopStep):
 
     def stop(self, parent: Any) -> None:
         """Stop relaying; leases are kept until the pool has stopped."""
-        if self._termination is not None:
-            self._termination.uninstall()
+        if self._remote is not None:
+            self._remote.uninstall()
         if self._threads is not None:
             self._threads.stop()
 

@@ -35,8 +35,8 @@ class Side:
     schema: str = "public"
     #: Anything, or nothing for "no".
     synchronous_commit: str = "yes"
-    #: Seconds, as text.
-    local_continuation: str = "0"
+    #: Seconds, as text; nothing for the default.
+    local_continuation: str = ""
 
     @property
     def durable(self) -> bool:
@@ -100,8 +100,9 @@ def make_app(side: Side) -> Celery:
             pgqrs_dsn=side.dsn,
             pgqrs_schema=side.schema,
             pgqrs_synchronous_commit=bool(side.synchronous_commit),
-            pgqrs_local_continuation=float(side.local_continuation),
         )
+        if side.local_continuation:
+            app.conf.pgqrs_local_continuation = float(side.local_continuation)
         pgqrs = Pgqrs(app)
         decorate = pgqrs.task
         owner: Any = app

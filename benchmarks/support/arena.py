@@ -71,11 +71,11 @@ def one_postgres_async(servers: Servers) -> Side:
     return Side("one-async", "the same, pgqrs_synchronous_commit = False", url, url, dsn, synchronous_commit="")
 
 
-def one_postgres_local(servers: Servers) -> Side:
-    """The same (on disk before anybody acts on it), with processes that go on with the next link themselves."""
-    dsn = servers.database("one_postgres_local")
+def one_postgres_queued(servers: Servers) -> Side:
+    """The same (on disk before anybody acts on it), with every link through the queue."""
+    dsn = servers.database("one_postgres_queued")
     url = f"pgqrs+{dsn}"
-    return Side("one-local", "the same, pgqrs_local_continuation = 1", url, url, dsn, local_continuation="1")
+    return Side("one-queued", "the same, pgqrs_local_continuation = 0", url, url, dsn, local_continuation="0")
 
 
 def official(servers: Servers) -> Side:
@@ -97,7 +97,7 @@ SIDES: Final[dict[str, Callable[[Servers], Side]]] = {
     "durable-pg": durable_pg,
     "one-postgres": one_postgres,
     "one-async": one_postgres_async,
-    "one-local": one_postgres_local,
+    "one-queued": one_postgres_queued,
     "official": official,
 }
 

@@ -12,7 +12,7 @@ import pytest
 from pgqrs_celery import embedded
 from tests.support.fleet import Fleet
 from tests.support.rabbitmq import Address
-from tests.support.scenario import LOCAL, LONG_LEASE, Scenario
+from tests.support.scenario import LOCAL, LONG_LEASE, QUEUED, Scenario
 
 #: Everything on one Postgres is what tests use that do not care; others where the protocol is another there.
 BROKERS = ["postgres", "redis", pytest.param("rabbitmq", marks=pytest.mark.rabbitmq)]
@@ -40,8 +40,8 @@ def fleet_scenario(
 
 @pytest.fixture(scope="session")
 def postgres_fleet(fleet_scenario: Callable[..., Scenario]) -> Iterator[Fleet]:
-    """Two prefork workers of two processes each, with everything on one Postgres."""
-    with Fleet(fleet_scenario(**LONG_LEASE)) as fleet:
+    """Two prefork workers of two processes each, with everything on one Postgres; every link goes through the queue."""
+    with Fleet(fleet_scenario(**LONG_LEASE, **QUEUED)) as fleet:
         yield fleet
 
 
@@ -56,7 +56,7 @@ def redis_fleet(fleet_scenario: Callable[..., Scenario], redis_server: embedded.
 @pytest.fixture(scope="module")
 def brief_postgres_fleet(fleet_scenario: Callable[..., Scenario]) -> Iterator[Fleet]:
     """The like of `postgres_fleet` for tests in which a lease has to end."""
-    with Fleet(fleet_scenario()) as fleet:
+    with Fleet(fleet_scenario(**QUEUED)) as fleet:
         yield fleet
 
 

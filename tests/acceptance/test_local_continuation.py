@@ -242,11 +242,16 @@ def test_inspection_shows_what_a_process_is_at(fleet: Fleet) -> None:
         inspect = fleet.application.celery.control.inspect([worker.hostname], timeout=PATIENCE, limit=1)
         (shown,) = inspect.active()[worker.hostname]
         assert (shown["id"], shown["name"], shown["gone_on_from"]) == (links[1].id, "step", links[0].id)
+        found = inspect.query_task([links[1].id, links[2].id])[worker.hostname]
+        assert {task_id: (state, info["id"]) for task_id, (state, info) in found.items()} == {
+            links[1].id: ("active", links[1].id)
+        }
     assert result.get(timeout=PATIENCE) == ["a", "b", "c"]
 
 
 def test_task_events_tell_of_every_link(scenario: Scenario) -> None:
-    with Fleet(scenario.with_conf(**LOCAL, **LONG_LEASE), size=1, options={"arguments": ["-E"]}) as fleet:
+    conf = {**LOCAL, **LONG_LEASE, "task_send_sent_event": True}
+    with Fleet(scenario.with_conf(**conf), size=1, options={"arguments": ["-E"]}) as fleet:
         links = [*abc(fleet)[:2], named(fleet.tasks.fickle.s("c", first="retry"))]
         failing = [named(fleet.tasks.step.s([], "a")), named(fleet.tasks.fail.s())]
         with collected_events(fleet.application.celery) as events:
@@ -259,8 +264,11 @@ def test_task_events_tell_of_every_link(scenario: Scenario) -> None:
                 links[2].id: [*begun, "task-retried", *begun, "task-succeeded"],
                 failing[1].id: [*begun, "task-failed"],
             }
-            wait_for(lambda: events.by_task(expected) == expected, PATIENCE, "all events")
-        assert {event["hostname"] for event in events.of(links[1].id)} == {fleet.workers[0].hostname}
+            wait_for(lambda: events.by_task(expected, but="task-sent") == expected, PATIENCE, "all events")
+        sendings = {link.id: 1 + (link is links[2]) for link in [*links, *failing]}
+        assert {task_id: types.count("task-sent") for task_id, types in events.by_task(sendings).items()} == sendings
+        sent_by = {event["hostname"] for event in events.of(links[1].id) if event["type"] != "task-sent"}
+        assert sent_by == {fleet.workers[0].hostname}
         assert sent(fleet, *links[:2], *failing) == [1, 0, 1, 0]
 
 

@@ -19,13 +19,13 @@ def bench(name: str, *arguments: str) -> str:
 
 
 def test_the_chains_benchmark_counts_what_it_ran_and_compares_the_sides() -> None:
-    sides = ("--sides", "plain", "durable", "one-local")
+    sides = ("--sides", "plain", "durable", "one-postgres")
     output = bench("chains", *sides, "--rounds", "1", "--chains", "3", "--singles", "2", "--links", "4", "--profile")
     # three at once, and twice two singles: to warm up, and measured
     assert "durable: 7 runs and 28 steps are SUCCESS, 0 executed more than once" in output
     assert re.search(r"^plain Celery, Redis \+ Redis +\d+ \(\d+-\d+\) +1\.00 ", output, re.MULTILINE)
     assert re.search(r"^durable, Redis \+ Redis +\d+ \(\d+-\d+\) +\d+\.\d+ ", output, re.MULTILINE)
-    assert "one-local: 7 runs and 28 steps are SUCCESS, 0 executed more than once" in output
+    assert "one-postgres: 7 runs and 28 steps are SUCCESS, 0 executed more than once" in output
     assert "2 processes of the pool" in output
 
 

@@ -26,7 +26,7 @@ from tests.support.points import Points
 from tests.support.stops import Stops
 from tests.support.vocabulary import Vocabulary
 
-__all__ = ["LOCAL", "LONG_LEASE", "Application", "Scenario"]
+__all__ = ["LOCAL", "LONG_LEASE", "QUEUED", "Application", "Scenario"]
 
 #: The environment variable by which a worker process learns of its scenario.
 VARIABLE: Final = "PGQRS_TEST_SCENARIO"
@@ -46,8 +46,9 @@ QUICK: Final[Mapping[str, Any]] = {
 LONG_LEASE: Final[Mapping[str, Any]] = {"pgqrs_lease": 30.0}
 
 
-#: Processes go on with the next link themselves, as long as they can.
+#: Processes go on with the next link themselves, as long as they can; or never. By default they do, for a second.
 LOCAL: Final[Mapping[str, Any]] = {"pgqrs_local_continuation": 30.0}
+QUEUED: Final[Mapping[str, Any]] = {"pgqrs_local_continuation": 0.0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +82,7 @@ class Scenario:
     @property
     def goes_on(self) -> bool:
         """Whether processes go on with the next link themselves."""
-        return bool(self.conf.get("pgqrs_local_continuation"))
+        return self.on_one_postgres and self.conf.get("pgqrs_local_continuation") != 0.0
 
     def using(self, broker: str | None, backend: str | None) -> Scenario:
         """Return the scenario with another broker or backend, where given."""
