@@ -66,12 +66,11 @@ class Session:
         return tuple(result.get_value(0, column) for column in range(result.nfields))
 
     def _quick(self, name: str, params: Mapping[str, Any]) -> PGresult:
-        connection = self.connection
-        if self._prepared is None and possible(connection):
-            self._prepared = Prepared.of(connection)
-        if self._prepared is not None and self.is_idle:
+        if self.is_idle and (self._prepared is not None or possible(self.connection)):
+            if self._prepared is None:
+                self._prepared = Prepared.of(self.connection)
             return self._prepared.execute(name, self._texts[name], params)
-        result = connection.execute(cast("Any", self._texts[name]), params).pgresult
+        result = self.connection.execute(cast("Any", self._texts[name]), params).pgresult
         assert result is not None
         return result
 
