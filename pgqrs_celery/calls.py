@@ -71,10 +71,8 @@ class Attempt:
         self._began = time.monotonic()
 
     def __enter__(self) -> None:
-        journal = self._journal
-        if journal.ended is not None:  # a wait beside this step has parked the function while this was prepared
-            journal.check()
-        self._token = executing.set((journal, self.step_id))
+        self._journal.check()  # a wait beside this step may have parked the function while this was prepared
+        self._token = executing.set((self._journal, self.step_id))
         if self._work is not None:
             self._work.__enter__()
 

@@ -81,6 +81,16 @@ class Dispatcher:
             raise
         return box.messages
 
+    def report(self, events: Sequence[NewMessage]) -> None:
+        """Publish the ``task-sent`` events that rows brought with them; what they tell of has happened, sent or not."""
+        broker = self.broker()
+        if not events or broker is None:
+            return
+        try:
+            broker.publish(events)
+        except StoreUnavailable as error:
+            logger.warning("the broker does not take a task-sent event: %s", error)
+
     def publish_within(
         self, session: Session, outgoing: Sequence[Outgoing], recorded: Mapping[str, Recorded]
     ) -> Iterator[Published]:

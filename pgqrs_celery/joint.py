@@ -96,8 +96,7 @@ class Joint:
         if not answer.accepted and uncommitted is not None:
             running.lose()
             return False
-        if events and self.broker is not None:
-            self.broker.publish(events)
+        recorder.dispatcher.report(events)
         return self._follow(recorder, running, deferred, following, answer)
 
     def _follow(

@@ -137,8 +137,7 @@ class Journal:
         An error recorded by this very attempt of the function is raised again: whoever caught it then must see it on
         a replay, too. One recorded before the function failed, or was retried, is not: the call is made again.
         """
-        if self.ended is not None:
-            self.check()
+        self.check()
         found = self._recorded.pop(step_id, None)
         if found is None or found.task_id is not None:
             return None
@@ -219,8 +218,7 @@ class Journal:
 
     def _write(self, new: NewInner) -> Inner | None:
         """Commit an outcome; returns what was recorded before, if that was a success, else None."""
-        if self.looks_back:
-            self.go_beyond(new.step_id)
+        self.go_beyond(new.step_id)
         again = new.step_id in self._again
         try:
             with self.ledger.database.session() as session:
@@ -290,10 +288,8 @@ class Journal:
         Called before each body; narrows a window that no ledger can close: a process that stalls between its last
         statement and the next body's first line.
         """
-        if self.ended is not None:
-            self.check()
-        if self.looks_back:
-            self.go_beyond("the end of what is recorded")
+        self.check()
+        self.go_beyond("the end of what is recorded")
         if self.is_confirmed:
             return
         if not self.call(lambda session: inner.owns(session, self.owner)):

@@ -199,8 +199,7 @@ class Recorder:
             return False
         if near is not None:
             near.ring(news=True)
-        if events:
-            broker.publish(events)
+        self.dispatcher.report(events)
         if spec is not None:
             spec.workflow_id = workflow_id
         return True

@@ -66,12 +66,12 @@ class RemoteControl:
 
     def shown(self, task_ids: Iterable[str]) -> dict[str, tuple[str, dict[str, Any]]]:
         """Return how remote control shows the tasks among these that processes have gone on with."""
-        wanted = {entry.pid: entry.task_id for entry in self.board.entries() if entry.task_id in set(task_ids)}
-        return {
-            wanted[request.worker_pid]: ("active", request.info())
-            for request in list(active_requests)
-            if request.worker_pid in wanted
-        }
+        wanted, found = set(task_ids), {}
+        for request in list(active_requests):
+            entry = self.board.entry(request.worker_pid)
+            if entry is not None and entry.task_id in wanted:
+                found[entry.task_id] = ("active", request.info())
+        return found
 
     def end(self, task_ids: Iterable[str], signal: Any) -> None:
         """Cancel the steps among these that processes have gone on with, and end these processes."""

@@ -24,6 +24,17 @@ from tests.support.scenario import LOCAL, LONG_LEASE, Scenario
 from tests.support.vocabulary import named
 from tests.support.waiting import PATIENCE, wait_for
 
+#: No ``task-sent`` event gets into a queue: whoever sends one is told that the database is busy.
+NO_EVENTS = """
+CREATE FUNCTION {0}.refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+  IF position(convert_to('task-sent', 'UTF8') IN NEW.body) > 0 THEN
+    RAISE 'a deadlock' USING ERRCODE = 'deadlock_detected';
+  END IF;
+  RETURN NEW;
+END $$;
+CREATE TRIGGER refuse BEFORE INSERT ON {0}.pgqrs_broadcasts FOR EACH ROW EXECUTE FUNCTION {0}.refuse();
+"""
+
 
 @pytest.fixture
 def fleet(local_fleet: Fleet) -> Fleet:
@@ -249,6 +260,20 @@ def test_inspection_shows_what_a_process_is_at(fleet: Fleet) -> None:
     assert result.get(timeout=PATIENCE) == ["a", "b", "c"]
 
 
+def test_what_a_thread_is_at_is_not_taken_for_what_others_of_its_process_are_at(scenario: Scenario) -> None:
+    options = {"pool": "threads", "concurrency": 2}
+    with Fleet(scenario.with_conf(**LOCAL, **LONG_LEASE), size=1, options=options) as fleet:
+        links, other, points = abc(fleet), named(fleet.tasks.step.s([], "x")), fleet.scenario.points
+        with points.arm("in_body", links[1].id) as trap, points.arm("in_body", other.id) as another:
+            result, another_result = chain(*links).delay(), other.delay()
+            trap.wait()
+            another.wait()
+            hostname = fleet.workers[0].hostname
+            inspect = fleet.application.celery.control.inspect([hostname], timeout=PATIENCE, limit=1)
+            assert inspect.query_task([links[1].id]) == {hostname: {}}
+        assert (result.get(timeout=PATIENCE), another_result.get(timeout=PATIENCE)) == (["a", "b", "c"], ["x"])
+
+
 def test_task_events_tell_of_every_link(scenario: Scenario) -> None:
     conf = {**LOCAL, **LONG_LEASE, "task_send_sent_event": True}
     with Fleet(scenario.with_conf(**conf), size=1, options={"arguments": ["-E"]}) as fleet:
@@ -270,6 +295,21 @@ def test_task_events_tell_of_every_link(scenario: Scenario) -> None:
         sent_by = {event["hostname"] for event in events.of(links[1].id) if event["type"] != "task-sent"}
         assert sent_by == {fleet.workers[0].hostname}
         assert sent(fleet, *links[:2], *failing) == [1, 0, 1, 0]
+
+
+def test_an_event_that_cannot_be_sent_stops_no_link(scenario: Scenario) -> None:
+    conf = {**LOCAL, **LONG_LEASE, "task_send_sent_event": True}
+    with Fleet(scenario.with_conf(**conf), size=1, options={"arguments": ["-E"]}) as fleet:
+        links = abc(fleet)
+        with collected_events(fleet.application.celery) as events:
+            scenario.execute(NO_EVENTS)
+            assert chain(*links).delay().get(timeout=PATIENCE) == ["a", "b", "c"]
+            ended = {link.id: ["task-received", "task-started", "task-succeeded"] for link in links}
+            wait_for(lambda: events.by_task(ended) == ended, PATIENCE, "all other events")
+        assert fleet.ended(links[0].id).status is Status.SUCCESS
+        assert sent(fleet, *links) == [1, 0, 0]
+        assert fleet.logged("the broker does not take a task-sent event")
+        fleet.expect({link.id: 1 for link in links})
 
 
 @pytest.mark.parametrize("victim", ["child", "worker"])
