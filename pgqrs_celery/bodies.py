@@ -21,6 +21,9 @@ __all__ = ["Bodies", "first_task"]
 #: Seconds after which nothing more is expected of tasks in the event loop that neither wait here nor begin a step.
 GRACE: Final = 1.0
 
+#: Passes of an event loop in which the end of a task reaches the function; each ``gather`` in between takes two.
+PASSES: Final = 32
+
 #: The task that an event loop was started for; it is waiting for the others.
 first_task: ContextVar[asyncio.Task[Any] | None] = ContextVar("pgqrs_first_task", default=None)
 
@@ -60,7 +63,7 @@ class Bodies:
             self._last = time.monotonic()
 
     def end(self, step_id: str) -> None:
-        """A step's outcome is recorded, or will not be."""
+        """A step's outcome is recorded, or will not be, and the step is about to end with it."""
         with self._lock:
             self._active.discard(step_id)
             self._last = time.monotonic()
@@ -75,9 +78,18 @@ class Bodies:
         finally:
             self._waiting.discard(task)
 
-    def look_around(self) -> None:
-        """Look whether other tasks of the event loop may begin something."""
-        self._alone = asyncio.all_tasks() <= self._waiting | {first_task.get()}
+    async def look_around(self) -> None:
+        """Look whether other tasks of the event loop may begin something, or one has just ended.
+
+        Whoever waits for that one hears of it some passes of the loop later, and may end the function.
+        """
+        alone = self._is_alone()
+        for _ in range(PASSES):
+            await asyncio.sleep(0)
+        self._alone = alone and self._is_alone()
+
+    def _is_alone(self) -> bool:
+        return asyncio.all_tasks() <= self._waiting | {first_task.get()}
 
     @contextmanager
     def waiting(self, step_id: str | None) -> Iterator[None]:

@@ -37,7 +37,7 @@ class Call:
 
 
 class Attempt:
-    """One execution of a step: ``prepare``, the body inside ``with``, then ``succeed`` or ``fail``."""
+    """One execution of a step: ``prepare``, the body inside ``with``, ``succeed`` or ``fail``, and ``end``."""
 
     __slots__ = ("_began", "_hash", "_journal", "_token", "_work", "call", "step_id")
 
@@ -92,7 +92,6 @@ class Attempt:
             value = work.commit(
                 lambda session: journal.succeed(step_id, value, input_hash=input_hash, elapsed=elapsed, session=session)
             )
-        journal.bodies.end(step_id)
         return value
 
     def fail(self, error: BaseException) -> Any:
@@ -102,17 +101,18 @@ class Attempt:
         """
         if self._work is not None:
             self._work.roll_back()
-        try:
-            if not isinstance(error, Exception) or self._journal.ended is not None:
-                raise error
-            elapsed = time.monotonic() - self._began
-            found = self._journal.fail(self.step_id, error, input_hash=self._hash, elapsed=elapsed)
-        finally:
-            self._journal.bodies.end(self.step_id)
+        if not isinstance(error, Exception) or self._journal.ended is not None:
+            raise error
+        elapsed = time.monotonic() - self._began
+        found = self._journal.fail(self.step_id, error, input_hash=self._hash, elapsed=elapsed)
         if found is None:
             seen = as_replayed(error)
             raise seen from (error if seen is not error else error.__cause__)
         return self._journal.value(found)
+
+    def end(self) -> None:
+        """The step ends with what was recorded: from now on the function may be parked, as far as the step goes."""
+        self._journal.bodies.end(self.step_id)
 
 
 class Driver(Protocol):

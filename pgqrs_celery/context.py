@@ -100,6 +100,8 @@ class Context:
             value = attempt.succeed(value)
         except BaseException as error:  # noqa: BLE001 - recorded, then raised again
             value = attempt.fail(error)
+        finally:
+            attempt.end()
         self._saga.note(attempt.step_id, call.compensate, value)
         return value
 
@@ -123,6 +125,8 @@ class Context:
             value = await self._in_thread(attempt.succeed, value)
         except BaseException as error:  # noqa: BLE001 - recorded, then raised again
             value = await self._in_thread(attempt.fail, error)
+        finally:
+            attempt.end()  # in the loop: between this and the step's end there is nothing
         self._saga.note(attempt.step_id, call.compensate, value)
         return value
 
@@ -357,7 +361,7 @@ class Context:
         bodies = self.journal.bodies
         with bodies.in_loop():
             while True:
-                bodies.look_around()
+                await bodies.look_around()
                 ended, value = await self._in_thread(_advance, waiting)
                 if ended:
                     return value
