@@ -146,16 +146,15 @@ class Candidate:
     step: NewStep
     taking: Taking
     before: Execution
-    deadline: float
 
     def announce(self) -> None:
         """Say that the step may be ours from now on: nobody could tell whose it is if this process died then."""
         _stretch.note(self.step.task_id)
 
-    def take(self, recorded: Recorded) -> None:
-        """The step is ours: it is executed when the tracer of the present one has ended."""
-        message = self.message
-        guard = StepGuard.taken(self.before.guard, self.step, self.taking, self.deadline, recorded.sent_at)
+    def take(self, recorded: Recorded, asked_at: float) -> None:
+        """The step is ours, as asked for then: it is executed when the tracer of the present one has ended."""
+        message, deadline = self.message, asked_at + self.taking.lease
+        guard = StepGuard.taken(self.before.guard, self.step, self.taking, deadline, recorded.sent_at)
         content = message.content(message.options.get("serializer") or self.task.app.conf.task_serializer)
         _stretch.following = Following(self.task, guard, self._request(recorded), content)
 
@@ -192,8 +191,7 @@ def candidate(running: Execution, message: Outgoing, step: NewStep, app: Any) ->
         _stretch.place = board.place(getattr(current_process(), "index", -1))
         if _stretch.place is None:
             return None
-    lease = ledger.settings.lease
-    return Candidate(task, message, step, Taking(new_token(), worker_id, lease), running, now + lease)
+    return Candidate(task, message, step, Taking(new_token(), worker_id, ledger.settings.lease), running)
 
 
 def _fits(task: Any, message: Outgoing, step: NewStep, request: Any) -> bool:

@@ -8,6 +8,7 @@ commit, but no round trip of its own: everything travels in one network flush.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import Any, Final
 from uuid import UUID
@@ -20,7 +21,7 @@ from pgqrs_celery.execution import Deferred, Execution
 from pgqrs_celery.ledger import Ledger
 from pgqrs_celery.recorder import Recorder
 from pgqrs_celery.session import Session
-from pgqrs_celery.store import recording, results, runs, steps, units, waiters
+from pgqrs_celery.store import leases, recording, results, runs, steps, units, waiters
 from pgqrs_celery.store.messages import NewMessage, Published, insertion
 from pgqrs_celery.store.recording import Finished, Recorded
 from pgqrs_celery.store.recording import Outcome as Recording
@@ -109,8 +110,8 @@ class Joint:
     ) -> bool:
         """Do what comes after the commit; returns whether the chord the step belongs to seems complete."""
         if following is not None:
-            if answer.taken:
-                following.take(answer.recorded[0])
+            if answer.asked_at is not None:
+                following.take(answer.recorded[0], answer.asked_at)
                 return False
             following.leave()
         if answer.published and self.broker is not None:
@@ -160,14 +161,15 @@ class Answer:
     published: list[Published]
     complete: bool
     quiet: bool
-    #: Whether the process goes on with what follows.
-    taken: bool = False
+    #: When this process asked for what it goes on with (of its monotonic clock); None where it does not go on.
+    asked_at: float | None = None
 
 
 def _go_on(session: Session, joint: Joint, running: Execution, following: Candidate, outcome: Outcome) -> Answer:
     """Write a unit of work whose next step this process takes itself."""
     guard, taking = running.guard, following.taking
     assert running.uncommitted is not None
+    asked_at = time.monotonic()
     unit, taken = units.go_on(
         session,
         app=joint.ledger.app,
@@ -179,12 +181,15 @@ def _go_on(session: Session, joint: Joint, running: Execution, following: Candid
         own_message_id=_own_message(running),
     )
     if unit.accepted:
-        return Answer(True, unit.recorded, [], False, False, taken)
+        return Answer(True, unit.recorded, [], False, False, asked_at if taken else None)
     # The answer of an earlier commit may have been lost: then the step is finished, and the next taken, as we wanted.
+    # The lease of that began then, and may be over by now.
+    task_id = following.step.task_id
+    leases.renew(session, [task_id], worker_id=taking.worker_id, lease=taking.lease)
     ours = steps.finished_as(session, guard.task_id, "SUCCESS", guard.lease_token)
-    taken = ours and steps.finished_as(session, following.step.task_id, "RUNNING", taking.lease_token)
-    sent = Recorded(following.step.task_id, SENDING, guard.database_time())
-    return Answer(ours, [sent] if taken else unit.recorded, [], False, False, taken)
+    taken = ours and steps.finished_as(session, task_id, "RUNNING", taking.lease_token)
+    sent = Recorded(task_id, SENDING, guard.database_time())
+    return Answer(ours, [sent] if taken else unit.recorded, [], False, False, asked_at if taken else None)
 
 
 def _write_unit(

@@ -137,13 +137,16 @@ class SendSeam:
         """Return this thread's producer for our own broker: it has no connection to Postgres of its own.
 
         A pool of producers, made for brokers that have one, costs more per message than the message. One for all
-        threads would be taken apart by whoever meets an error while the others use it.
+        threads would be taken apart by whoever meets an error while the others use it. Whoever uses it tries again by
+        himself while Postgres is away, and would wait for seconds if kombu's connection did so before him.
         """
         if self.broker() is None:
             return None
         producer = getattr(self._own, "producer", None)
         if producer is None:
-            producer = self._own.producer = self.app.amqp.Producer(self.app.connection_for_write())
+            options = {"max_retries": 0, **(self.app.conf.broker_transport_options or {})}
+            connection = self.app.connection_for_write(transport_options=options)
+            producer = self._own.producer = self.app.amqp.Producer(connection)
         return producer
 
     def _publish_together(self, scope: Scope) -> None:

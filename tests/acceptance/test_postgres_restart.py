@@ -18,6 +18,12 @@ STEPS = 50
 #: A worker takes one more message than it has threads, which then has to wait: let there be more threads than steps.
 THREADS = {"pool": "threads", "concurrency": STEPS}
 
+#: Seconds; no step waits for the end of one, and so many threads may keep a busy machine from renewing for some.
+LEASE = 10.0
+
+#: How often a worker tries to renew the leases of `QUICK` while they last: one of three seconds, twice a second.
+RENEWALS = 6
+
 
 def wait_until_on_disk(scenario: Scenario) -> None:
     """Wait until every commit so far would survive a crash (an acquire does not wait for the disk)."""
@@ -29,7 +35,7 @@ def wait_until_on_disk(scenario: Scenario) -> None:
 def test_no_running_step_is_executed_twice_when_postgres_restarts(
     scenario: Scenario, own_postgres: embedded.PostgresServer
 ) -> None:
-    scenario = scenario.elsewhere(own_postgres.dsn())  # broker, results and ledger
+    scenario = scenario.elsewhere(own_postgres.dsn()).with_conf(pgqrs_lease=LEASE)  # broker, results and ledger
     with Fleet(scenario, options=THREADS) as fleet:
         # Half of them are acknowledged when they begin; the messages of the others are leased until they end.
         tasks = [fleet.tasks.step, fleet.tasks.late] * (STEPS // 2)
@@ -42,7 +48,8 @@ def test_no_running_step_is_executed_twice_when_postgres_restarts(
         wait_for(lambda: scenario.execute(leased, STEPS // 2), PATIENCE, "the other half to be acknowledged")
         wait_until_on_disk(scenario)
         own_postgres.restart(immediate=True)
-        ((judged_at,),) = scenario.execute("SELECT now() + interval '6 seconds'")  # two leases
+        # Whoever has free locks judged would have done so by then: that is looked at five times a second.
+        ((judged_at,),) = scenario.execute("SELECT now() + make_interval(secs => %s)", LEASE + 3)
         renewed = "SELECT FROM {}.pgqrs_workflow_steps WHERE status = 'RUNNING' HAVING min(due_at) > %s"
         wait_for(lambda: scenario.execute(renewed, judged_at), PATIENCE, "every lease to be renewed time and again")
         for trap in traps:
@@ -60,7 +67,7 @@ def test_no_running_step_is_executed_twice_when_postgres_restarts(
         wait_for(lambda: not scenario.execute("SELECT FROM {}.pgqrs_messages"), PATIENCE, "every message to be over")
 
 
-@pytest.mark.parametrize("what", ["link", "link and callback", "replacement"])
+@pytest.mark.parametrize("what", ["link", "link, for longer than a lease", "link and callback", "replacement"])
 def test_what_a_step_has_done_is_kept_while_postgres_is_away(
     scenario: Scenario, own_postgres: embedded.PostgresServer, what: str
 ) -> None:
@@ -78,8 +85,12 @@ def test_what_a_step_has_done_is_kept_while_postgres_is_away(
             own_postgres.stop()
             trap.release()
             wait_for(lambda: fleet.logged("trying again for"), PATIENCE, "the process to wait for Postgres")
+            if what == "link, for longer than a lease":
+                wait_for(lambda: fleet.occurrences("cannot renew leases") > RENEWALS, PATIENCE, "the lease to end")
             own_postgres.start()
             assert result.get(timeout=PATIENCE) == ["a", *(["x"] if what == "replacement" else []), "b"]
         assert fleet.ended(first.id).status is Status.SUCCESS
         assert not fleet.logged("raised unexpected")
+        # The link that its process goes on with is its own from the answer on, however long that took to come.
+        assert not fleet.logged("stalled longer than its lease")
         fleet.expect({first.id: 1 + (what == "replacement"), last.id: 1})

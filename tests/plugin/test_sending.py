@@ -431,6 +431,22 @@ def test_without_a_database_sending_is_a_clear_error_and_nothing_is_sent(redis_u
     shop.app.close()
 
 
+@pytest.mark.parametrize("options", [{}, {"retry": False}], ids=["as usual", "without a retry"])
+def test_without_the_one_database_sending_is_a_clear_error_at_once(
+    schema: str, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    dsn = "postgresql://x:secret@127.0.0.1:1/x"
+    shop = Shop(f"pgqrs+{dsn}", dsn, schema)
+    add = shop.task(adding, name="shop.add")
+    # kombu's connections try again by themselves for some twelve seconds, which are slept here.
+    monkeypatch.setattr("kombu.utils.functional.sleep", lambda seconds: pytest.fail(f"slept for {seconds} s"))
+    for _ in range(2):
+        with pytest.raises(StoreUnavailable, match="cannot connect to") as caught:
+            add.apply_async((1,), **options)
+        assert "secret" not in str(caught.value)
+    shop.app.close()
+
+
 def test_without_the_schema_sending_says_what_to_run_and_nothing_is_sent(
     redis_url: str, database_dsn: str, schema: str
 ) -> None:
