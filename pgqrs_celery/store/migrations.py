@@ -68,8 +68,7 @@ def applied(session: Session) -> dict[int, str]:
 
 def verify(database: Database) -> None:
     """Raise ``NotInstalled`` or ``SchemaOutdated``, saying what to run, unless the schema is this version's."""
-    with database.session() as session:
-        have = applied(session)
+    have = database.call(applied)
     if not have:
         raise NotInstalled(f"schema {database.schema!r} holds no pgqrs tables; run {INSTALL}")
     missing = [m.name for m in available() if m.version not in have]
@@ -89,11 +88,11 @@ def _check(have: dict[int, str], schema: str) -> None:
 
 def install(database: Database) -> list[str]:
     """Apply what is missing and return the names of the files applied; takes no lock when all are there."""
+    have = database.call(applied)
+    if have.keys() >= {m.version for m in available()}:
+        _check(have, database.schema)
+        return []
     with database.session() as session:
-        have = applied(session)
-        if have.keys() >= {m.version for m in available()}:
-            _check(have, database.schema)
-            return []
         lock = {"key": _lock_key(database.schema)}
         pause = threading.Event()
         while not cast("tuple[Any]", session.row("migrations.try_lock", lock))[0]:

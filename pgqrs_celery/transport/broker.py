@@ -56,8 +56,7 @@ class Broker:
         """Raise unless the database answers and holds the schema; the answer is remembered."""
         with self._checking:
             if self._checked:
-                with self.database.session() as session:
-                    session.connection.execute("")
+                self.call(lambda session: session.connection.execute(""))
                 return
             if self.database.auto_install:
                 migrations.install(self.database)

@@ -69,3 +69,23 @@ def test_whatever_happens_to_postgres_rows_and_messages_are_one_and_threads_can_
     messages = scenario.execute("SELECT headers::json->>'id' FROM {}.pgqrs_messages")
     assert sorted(messages) == sorted(rows)
     assert len(rows) >= accepted
+
+
+@pytest.mark.parametrize("before", ["install", "send", "send in another thread"])
+def test_a_sender_does_not_notice_that_postgres_was_restarted(
+    scenario: Scenario, own_postgres: embedded.PostgresServer, before: str
+) -> None:
+    application = Application(scenario.elsewhere(own_postgres.dsn()))
+    application.pgqrs.install()
+
+    def send() -> None:
+        application.tasks.step.delay([], "a")
+
+    if before == "send":
+        send()
+    elif before == "send in another thread":
+        with ThreadPoolExecutor(1) as threads:
+            threads.submit(send).result(PATIENCE)
+    own_postgres.restart()  # every connection of this process is a dead one now
+    send()
+    application.celery.close()
