@@ -24,7 +24,6 @@ from billiard.process import current_process
 from celery.app.trace import trace_task
 from kombu.serialization import loads, prepare_accept_content
 
-from pgqrs_celery import reporting
 from pgqrs_celery.board import LONGEST, Place
 from pgqrs_celery.envelope import SENT, Content
 from pgqrs_celery.exceptions import StoreUnavailable
@@ -32,6 +31,7 @@ from pgqrs_celery.execution import Execution
 from pgqrs_celery.guard import StepGuard, new_token
 from pgqrs_celery.leases import bereave
 from pgqrs_celery.outgoing import Outgoing
+from pgqrs_celery.reporting import Reporter
 from pgqrs_celery.store.recording import NewStep, Recorded
 from pgqrs_celery.store.units import Taking
 
@@ -60,11 +60,13 @@ class Following:
         args, kwargs, embed = loads(data, content_type, encoding, accept=accept)
         self.request.update(embed, args=args, kwargs=kwargs)
         board = self.guard.ledger.board
-        if board is None or not board.reported or not self.task.send_events:
-            trace_task(self.task, task_id, args, kwargs, self.request, app=app)
-            return
-        with reporting.begun(app, self.request) as ended:
-            ended(trace_task(self.task, task_id, args, kwargs, self.request, app=app))
+        reported = board is not None and board.reported and self.task.send_events
+        reporter = _stretch.reporter_of(app, self.request["hostname"]) if reported else None
+        if reporter is not None:
+            reporter.begun(self.request)
+        answer = trace_task(self.task, task_id, args, kwargs, self.request, app=app)
+        if reporter is not None:
+            reporter.ended(task_id, answer)
 
     def give_up(self) -> None:
         """This process ends in the step, or before it: it is tried again, as after any other death."""
@@ -87,12 +89,21 @@ class Stretch(threading.local):
     following: Following | None = None
     #: Where it says so.
     place: Place | None = None
+    #: Who tells of it, where somebody wants to know.
+    reporter: Reporter | None = None
 
     def note(self, next_id: str = "") -> None:
         """Say on the board what this thread is at, and what it is about to take."""
         present = self.present
         if self.place is not None:
             self.place.write(present.guard.task_id if present else "", present.task.name if present else "", next_id)
+
+    def reporter_of(self, app: Any, hostname: str) -> Reporter:
+        """Return who tells of what this thread is at."""
+        if self.reporter is None or self.reporter.hostname != hostname:
+            producer = app.pgqrs.recorder.dispatcher.own_producer()
+            self.reporter = Reporter(app, producer.connection, hostname)
+        return self.reporter
 
     def go_on(self) -> Following | None:
         """Go on with what was taken, if anything was."""
@@ -105,6 +116,8 @@ class Stretch(threading.local):
         left = [following for following in (self.present, self.following) if following is not None]
         self.since = self.present = self.following = None
         self.note()
+        if self.reporter is not None:
+            self.reporter.flush()
         return left
 
 

@@ -1,54 +1,83 @@
 """Task events about what a process has gone on with by itself: its worker's main process, which sends all others, would
-not know."""
+not know.
+
+Between two links are three events (the end of the one, the arrival and the beginning of the other), which are one
+statement.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import logging
+from collections.abc import Mapping
 from typing import Any
 
 from celery import Celery, states
 from celery.utils.saferepr import saferepr
+from kombu import Connection
 from kombu.utils.encoding import safe_str
 
-__all__ = ["begun"]
+from pgqrs_celery import outbox
+from pgqrs_celery.exceptions import StoreError
+
+__all__ = ["Reporter"]
+
+logger = logging.getLogger(__name__)
 
 
-@contextmanager
-def begun(app: Celery, request: Mapping[str, Any]) -> Iterator[Callable[[Any], None]]:
-    """Report that a task was received and has begun; yields what takes the tracer's answer, and reports its end."""
-    task_id = request["id"]
-    # Events that cannot be sent are lost, as those of a main process are whose broker stays away: they stop no task.
-    with app.events.default_dispatcher(hostname=request["hostname"], buffer_while_offline=True) as dispatcher:
-        dispatcher.send(
-            "task-received",
-            uuid=task_id,
-            name=request["task"],
-            args=request.get("argsrepr", ""),
-            kwargs=request.get("kwargsrepr", ""),
-            root_id=request.get("root_id"),
-            parent_id=request.get("parent_id"),
-            retries=request.get("retries", 0),
-            eta=None,
-            expires=None,
-        )
-        dispatcher.send("task-started", uuid=task_id)
+class Reporter:
+    """Sends the events of one thread, over a connection of that thread's to our own broker.
 
-        def ended(answer: Any) -> None:
-            value, info, runtime, text = answer
-            state = states.SUCCESS if info is None else info.state
+    What cannot be sent stops no task: it is lost, as the events of a main process are whose broker stays away.
+    """
+
+    def __init__(self, app: Celery, connection: Connection, hostname: str) -> None:
+        self.hostname = hostname
+        self._dispatcher = app.events.Dispatcher(connection, hostname, buffer_while_offline=True)
+        self._batch = outbox.Batch()
+
+    def begun(self, request: Mapping[str, Any]) -> None:
+        """Report that a task was received and has begun, and what has waited for that."""
+        task_id = request["id"]
+        with outbox.collecting(self._batch):
+            self._dispatcher.flush()  # what a database that was away has kept from being made
+            self._dispatcher.send(
+                "task-received",
+                uuid=task_id,
+                name=request["task"],
+                args=request.get("argsrepr", ""),
+                kwargs=request.get("kwargsrepr", ""),
+                root_id=request.get("root_id"),
+                parent_id=request.get("parent_id"),
+                retries=request.get("retries", 0),
+                eta=None,
+                expires=None,
+            )
+            self._dispatcher.send("task-started", uuid=task_id)
+        self.flush()
+
+    def ended(self, task_id: str, answer: Any) -> None:
+        """Report how a task has ended, by the tracer's answer: with the next one's beginning, or in ``flush``."""
+        value, info, runtime, text = answer
+        state = states.SUCCESS if info is None else info.state
+        with outbox.collecting(self._batch):
             if state == states.SUCCESS:
-                dispatcher.send("task-succeeded", uuid=task_id, result=text, runtime=runtime)
+                self._dispatcher.send("task-succeeded", uuid=task_id, result=text, runtime=runtime)
             elif state == states.RETRY:
-                dispatcher.send(
+                self._dispatcher.send(
                     "task-retried",
                     uuid=task_id,
                     exception=saferepr(info.retval.exc),
                     traceback=safe_str(getattr(value, "traceback", "")),
                 )
             elif state == states.FAILURE:
-                dispatcher.send(
+                self._dispatcher.send(
                     "task-failed", uuid=task_id, exception=saferepr(info.retval), traceback=safe_str(value.traceback)
                 )
 
-        yield ended
+    def flush(self) -> None:
+        """Send what waits."""
+        try:
+            self._batch.flush()
+        except StoreError as error:
+            logger.warning("the broker does not take task events: %s", error)
+            self._batch.discard()

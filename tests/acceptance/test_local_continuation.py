@@ -35,6 +35,17 @@ END $$;
 CREATE TRIGGER refuse BEFORE INSERT ON {0}.pgqrs_broadcasts FOR EACH ROW EXECUTE FUNCTION {0}.refuse();
 """
 
+#: How many messages each INSERT of events has.
+TALLY = """
+CREATE TABLE {0}.tally (nth bigint GENERATED ALWAYS AS IDENTITY, events bigint);
+CREATE FUNCTION {0}.tally() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+  INSERT INTO {0}.tally (events) SELECT count(*) FROM new_rows;
+  RETURN NULL;
+END $$;
+CREATE TRIGGER tally AFTER INSERT ON {0}.pgqrs_broadcasts REFERENCING NEW TABLE AS new_rows
+FOR EACH STATEMENT EXECUTE FUNCTION {0}.tally();
+"""
+
 
 @pytest.fixture
 def fleet(local_fleet: Fleet) -> Fleet:
@@ -295,6 +306,18 @@ def test_task_events_tell_of_every_link(scenario: Scenario) -> None:
         sent_by = {event["hostname"] for event in events.of(links[1].id) if event["type"] != "task-sent"}
         assert sent_by == {fleet.workers[0].hostname}
         assert sent(fleet, *links[:2], *failing) == [1, 0, 1, 0]
+
+
+def test_the_events_between_two_links_are_one_statement(scenario: Scenario) -> None:
+    with Fleet(scenario.with_conf(**LOCAL, **LONG_LEASE), size=1, options={"arguments": ["-E"]}) as fleet:
+        links = abc(fleet)
+        with collected_events(fleet.application.celery) as events:
+            scenario.execute(TALLY)
+            assert chain(*links).delay().get(timeout=PATIENCE) == ["a", "b", "c"]
+            ended = {link.id: ["task-received", "task-started", "task-succeeded"] for link in links}
+            wait_for(lambda: events.by_task(ended) == ended, PATIENCE, "all events")
+        together = scenario.execute("SELECT events FROM {}.tally WHERE events > 1 ORDER BY nth")
+        assert together == [(2,), (3,)]
 
 
 def test_an_event_that_cannot_be_sent_stops_no_link(scenario: Scenario) -> None:
