@@ -300,7 +300,7 @@ def test_task_events_tell_of_every_link(scenario: Scenario) -> None:
                 links[2].id: [*begun, "task-retried", *begun, "task-succeeded"],
                 failing[1].id: [*begun, "task-failed"],
             }
-            wait_for(lambda: events.by_task(expected, but="task-sent") == expected, PATIENCE, "all events")
+            events.wait_for(expected, but="task-sent")
         sendings = {link.id: 1 + (link is links[2]) for link in [*links, *failing]}
         assert {task_id: types.count("task-sent") for task_id, types in events.by_task(sendings).items()} == sendings
         sent_by = {event["hostname"] for event in events.of(links[1].id) if event["type"] != "task-sent"}
@@ -315,7 +315,7 @@ def test_the_events_between_two_links_are_one_statement(scenario: Scenario) -> N
             scenario.execute(TALLY)
             assert chain(*links).delay().get(timeout=PATIENCE) == ["a", "b", "c"]
             ended = {link.id: ["task-received", "task-started", "task-succeeded"] for link in links}
-            wait_for(lambda: events.by_task(ended) == ended, PATIENCE, "all events")
+            events.wait_for(ended)
         together = scenario.execute("SELECT events FROM {}.tally WHERE events > 1 ORDER BY nth")
         assert together == [(2,), (3,)]
 
@@ -328,7 +328,7 @@ def test_an_event_that_cannot_be_sent_stops_no_link(scenario: Scenario) -> None:
             scenario.execute(NO_EVENTS)
             assert chain(*links).delay().get(timeout=PATIENCE) == ["a", "b", "c"]
             ended = {link.id: ["task-received", "task-started", "task-succeeded"] for link in links}
-            wait_for(lambda: events.by_task(ended) == ended, PATIENCE, "all other events")
+            events.wait_for(ended)
         assert fleet.ended(links[0].id).status is Status.SUCCESS
         assert sent(fleet, *links) == [1, 0, 0]
         assert fleet.logged("the broker does not take a task-sent event")

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from celery import Celery
 
-from tests.support.waiting import wait_for
+from tests.support.waiting import PATIENCE, wait_for
 
 __all__ = ["Events", "collected_events"]
 
@@ -33,6 +33,13 @@ class Events:
         """Return the types of the events about each of some tasks, one left out."""
         return {task_id: [e["type"] for e in self.of(task_id) if e["type"] != but] for task_id in task_ids}
 
+    def wait_for(self, expected: Mapping[str, list[str]], *, but: str = "") -> None:
+        """Wait until exactly these events about some tasks have come, one type left out."""
+        try:
+            wait_for(lambda: self.by_task(expected, but=but) == expected, PATIENCE)
+        except AssertionError:
+            raise AssertionError(f"seen {self.by_task(expected, but=but)}, expected {dict(expected)}") from None
+
 
 @contextmanager
 def collected_events(app: Celery, *, begun: bool = True) -> Iterator[Events]:
@@ -41,7 +48,8 @@ def collected_events(app: Celery, *, begun: bool = True) -> Iterator[Events]:
 
     def listen() -> None:
         with app.connection_for_read() as connection:
-            receiver = app.events.Receiver(connection, handlers={"*": events.seen.append})
+            # By default an event is lost that nobody has taken for five seconds.
+            receiver = app.events.Receiver(connection, handlers={"*": events.seen.append}, queue_ttl=PATIENCE)
             while not done.is_set():
                 try:
                     receiver.capture(limit=None, timeout=0.5, wakeup=False)
@@ -52,7 +60,7 @@ def collected_events(app: Celery, *, begun: bool = True) -> Iterator[Events]:
     thread.start()
     try:
         if begun:
-            wait_for(lambda: events.seen, 60, "an event")
+            wait_for(lambda: events.seen, PATIENCE, "an event")
         yield events
     finally:
         done.set()
