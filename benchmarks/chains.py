@@ -1,6 +1,6 @@
 """Durable chains against plain ones, and the time from a SIGKILL to the resumption.
 
-    python -m benchmarks.chains [--sides plain durable ...] [--rounds 3] [--chains 100] [--links 10]
+    python -m benchmarks.chains [--sides plain durable ...] [--rounds 3] [--chains 100] [--links 10] [--events]
     python -m benchmarks.chains --kill 10 [--victim worker|child]
 
 Every side has one worker (prefork, two processes, or ``--concurrency``). They compete in turns, in every round: first
@@ -190,6 +190,9 @@ def options() -> argparse.Namespace:
     parser.add_argument("--links", type=int, default=10)
     parser.add_argument("--singles", type=int, default=30)
     parser.add_argument("--concurrency", type=int, default=2, help="processes of the pool of each side's worker")
+    parser.add_argument(
+        "--events", action="store_true", help="the workers send task events (-E), with nobody listening"
+    )
     parser.add_argument("--profile", action="store_true", help="print a cProfile of the pool's processes")
     parser.add_argument("--kill", type=int, default=0, metavar="N", help="measure N resumptions instead")
     parser.add_argument("--victim", choices=["worker", "child"], default="worker", help="who is killed")
@@ -216,6 +219,7 @@ def main() -> int:
                 SIDES[name](the_servers),
                 concurrency=arguments.concurrency,
                 profile=arguments.profile,
+                events=arguments.events,
             )
             for name in arguments.sides
         ]

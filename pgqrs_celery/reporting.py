@@ -2,7 +2,7 @@
 not know.
 
 Between two links are three events (the end of the one, the arrival and the beginning of the other), which are one
-statement.
+message, as those are that a main process sends at about the same time.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any
 from celery import Celery, states
 from celery.utils.saferepr import saferepr
 from kombu import Connection
+from kombu.exceptions import OperationalError
 from kombu.utils.encoding import safe_str
 
-from pgqrs_celery import outbox
 from pgqrs_celery.exceptions import StoreError
 
 __all__ = ["Reporter"]
@@ -32,52 +32,50 @@ class Reporter:
 
     def __init__(self, app: Celery, connection: Connection, hostname: str) -> None:
         self.hostname = hostname
-        self._dispatcher = app.events.Dispatcher(connection, hostname, buffer_while_offline=True)
-        self._batch = outbox.Batch()
+        self._app = app
+        self._connection = connection
+        self._dispatcher = self._new()
+
+    def _new(self) -> Any:
+        return self._app.events.Dispatcher(
+            self._connection, self.hostname, buffer_while_offline=False, buffer_group=["task"], buffer_limit=1000
+        )
 
     def begun(self, request: Mapping[str, Any]) -> None:
         """Report that a task was received and has begun, and what has waited for that."""
         task_id = request["id"]
-        with outbox.collecting(self._batch):
-            self._dispatcher.flush()  # what a database that was away has kept from being made
-            self._dispatcher.send(
-                "task-received",
-                uuid=task_id,
-                name=request["task"],
-                args=request.get("argsrepr", ""),
-                kwargs=request.get("kwargsrepr", ""),
-                root_id=request.get("root_id"),
-                parent_id=request.get("parent_id"),
-                retries=request.get("retries", 0),
-                eta=None,
-                expires=None,
-            )
-            self._dispatcher.send("task-started", uuid=task_id)
+        self._dispatcher.send(
+            "task-received",
+            uuid=task_id,
+            name=request["task"],
+            args=request.get("argsrepr", ""),
+            kwargs=request.get("kwargsrepr", ""),
+            root_id=request.get("root_id"),
+            parent_id=request.get("parent_id"),
+            retries=request.get("retries", 0),
+            eta=None,
+            expires=None,
+        )
+        self._dispatcher.send("task-started", uuid=task_id)
         self.flush()
 
     def ended(self, task_id: str, answer: Any) -> None:
         """Report how a task has ended, by the tracer's answer: with the next one's beginning, or in ``flush``."""
         value, info, runtime, text = answer
         state = states.SUCCESS if info is None else info.state
-        with outbox.collecting(self._batch):
-            if state == states.SUCCESS:
-                self._dispatcher.send("task-succeeded", uuid=task_id, result=text, runtime=runtime)
-            elif state == states.RETRY:
-                self._dispatcher.send(
-                    "task-retried",
-                    uuid=task_id,
-                    exception=saferepr(info.retval.exc),
-                    traceback=safe_str(getattr(value, "traceback", "")),
-                )
-            elif state == states.FAILURE:
-                self._dispatcher.send(
-                    "task-failed", uuid=task_id, exception=saferepr(info.retval), traceback=safe_str(value.traceback)
-                )
+        if state == states.SUCCESS:
+            self._dispatcher.send("task-succeeded", uuid=task_id, result=text, runtime=runtime)
+        elif state == states.RETRY:
+            exception, traceback = saferepr(info.retval.exc), safe_str(getattr(value, "traceback", ""))
+            self._dispatcher.send("task-retried", uuid=task_id, exception=exception, traceback=traceback)
+        elif state == states.FAILURE:
+            exception, traceback = saferepr(info.retval), safe_str(value.traceback)
+            self._dispatcher.send("task-failed", uuid=task_id, exception=exception, traceback=traceback)
 
     def flush(self) -> None:
         """Send what waits."""
         try:
-            self._batch.flush()
-        except StoreError as error:
+            self._dispatcher.flush()
+        except (StoreError, OperationalError) as error:
             logger.warning("the broker does not take task events: %s", error)
-            self._batch.discard()
+            self._dispatcher = self._new()

@@ -119,12 +119,15 @@ def servers() -> Iterator[Servers]:
 class Contestant:
     """One side: its app in this process, and its workers."""
 
-    def __init__(self, servers: Servers, side: Side, *, concurrency: int = 2, profile: bool = False) -> None:
+    def __init__(
+        self, servers: Servers, side: Side, *, concurrency: int = 2, profile: bool = False, events: bool = False
+    ) -> None:
         self.servers = servers
         self.side = side
         self.app: Celery = make_app(side)
         self._ledger: Any = getattr(self.app, "pgqrs", None)
         self._concurrency = concurrency
+        self._options = ("--without-heartbeat", "-E") if events else ("--without-heartbeat",)
         self._profile = servers.directory / f"profile-{side.name}" if profile else None
         self.workers: list[Worker] = []
         if self._ledger is not None:
@@ -146,8 +149,9 @@ class Contestant:
         if self._profile:
             self._profile.mkdir(exist_ok=True)
             environment[PROFILE] = str(self._profile)
-        options = ("--without-heartbeat",)
-        worker = Worker(self.app, name=name, concurrency=self._concurrency, options=options, environment=environment)
+        worker = Worker(
+            self.app, name=name, concurrency=self._concurrency, options=self._options, environment=environment
+        )
         self.workers.append(worker)
         return worker
 
