@@ -146,9 +146,5 @@ async def connect(dsn: str, schema: str | None = None) -> Store:
     """
     store = Store(dsn, schema)
 
-    def answer() -> None:
-        with store.ledger.database.session() as session:
-            session.connection.execute("SELECT 1")
-
-    await asyncio.to_thread(answer)
+    await asyncio.to_thread(store.ledger.database.call, lambda session: session.connection.execute("SELECT 1"))
     return store

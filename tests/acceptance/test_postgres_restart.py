@@ -51,7 +51,7 @@ def test_no_running_step_is_executed_twice_when_postgres_restarts(
         # Whoever has free locks judged would have done so by then: that is looked at five times a second.
         ((judged_at,),) = scenario.execute("SELECT now() + make_interval(secs => %s)", LEASE + 3)
         renewed = "SELECT FROM {}.pgqrs_workflow_steps WHERE status = 'RUNNING' HAVING min(due_at) > %s"
-        wait_for(lambda: scenario.execute(renewed, judged_at), PATIENCE, "every lease to be renewed time and again")
+        wait_for(lambda: scenario.execute(renewed, judged_at), PATIENCE, "every lease to be renewed since")
         for trap in traps:
             trap.release()
         # ... and once more, while they commit and hand off.
