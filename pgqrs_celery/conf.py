@@ -23,9 +23,6 @@ PREFIX: Final = "pgqrs_"
 #: Environment variable with the DSN to use where no setting names one.
 DSN_VARIABLE: Final = "PGQRS_CELERY_DSN"
 
-#: For how long a process goes on with a chain by itself, unless it is told otherwise (seconds).
-STRETCH: Final = 1.0
-
 Check = Callable[[Any], Any]
 
 
@@ -122,8 +119,8 @@ class Settings:
     #: of steps (they run again).
     synchronous_commit: bool = _setting(True, _flag)
     #: For how long the process that has finished a link of a chain may go on with the next one itself, without a
-    #: message in between; 0 never. Needs our own broker and result backend; unset, ``STRETCH`` where these are.
-    local_continuation: float | None = _setting(None, _number(0, 30))
+    #: message in between; 0 never.
+    local_continuation: float = _setting(1.0, _number(0, 30))
     #: Whether workers send again what is due; switch it off only where other workers of the app do it.
     relay: bool = _setting(True, _flag)
     relay_batch: int = _setting(100, _count(1))
@@ -143,11 +140,6 @@ class Settings:
     poll_interval: float = _setting(0.5, _number(0.01))
     #: How long terminal runs are kept; None keeps them until somebody prunes.
     retention: float | None = _setting(None, _number(0))
-
-    @property
-    def stretch(self) -> float:
-        """How long a process may go on by itself."""
-        return STRETCH if self.local_continuation is None else self.local_continuation
 
     @classmethod
     def read(cls, conf: Mapping[str, Any]) -> Settings:

@@ -14,11 +14,13 @@ been waiting there.
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
+from uuid import UUID
 
 from billiard.process import current_process
 from celery.app.trace import trace_task
@@ -28,14 +30,16 @@ from pgqrs_celery.board import LONGEST, Place
 from pgqrs_celery.envelope import SENT, Content
 from pgqrs_celery.exceptions import StoreUnavailable
 from pgqrs_celery.execution import Execution
-from pgqrs_celery.guard import StepGuard, new_token
+from pgqrs_celery.guard import StepGuard
 from pgqrs_celery.leases import bereave
+from pgqrs_celery.ledger import Ledger
 from pgqrs_celery.outgoing import Outgoing
 from pgqrs_celery.reporting import Reporter
+from pgqrs_celery.session import Session
 from pgqrs_celery.store.recording import NewStep, Recorded
 from pgqrs_celery.store.units import Taking
 
-__all__ = ["REQUEST", "Candidate", "candidate", "going_on", "guard_of"]
+__all__ = ["REQUEST", "Candidate", "candidate", "goes_on", "going_on", "guard_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -45,21 +49,23 @@ REQUEST: Final = "pgqrs_celery.request:DurableRequest"
 
 @dataclass(frozen=True, slots=True)
 class Following:
-    """A step that was taken together with the end of the one before it."""
+    """A step that this thread executes next: taken with the end of the one before it, or still to be asked for."""
 
     task: Any
-    guard: StepGuard
+    ledger: Ledger
+    step: NewStep
+    guard: StepGuard | None
     request: dict[str, Any]
     content: Content
 
     def execute(self) -> None:
         """Let Celery's tracer execute the step."""
         content_type, encoding, data = self.content
-        app, task_id = self.task.app, self.guard.task_id
+        app, task_id = self.task.app, self.step.task_id
         accept = prepare_accept_content(app.conf.accept_content)
         args, kwargs, embed = loads(data, content_type, encoding, accept=accept)
         self.request.update(embed, args=args, kwargs=kwargs)
-        board = self.guard.ledger.board
+        board = self.ledger.board
         reported = board is not None and board.reported and self.task.send_events
         reporter = _stretch.reporter_of(app, self.request["hostname"]) if reported else None
         if reporter is not None:
@@ -68,14 +74,17 @@ class Following:
         if reporter is not None:
             reporter.ended(task_id, answer)
 
-    def give_up(self) -> None:
+    def give_up(self, *, begun: bool) -> None:
         """This process ends in the step, or before it: it is tried again, as after any other death."""
-        guard, ledger = self.guard, self.guard.ledger
+        ledger, step = self.ledger, self.step
+
+        def due(session: Session) -> bool:
+            return bereave(session, ledger, step.task_id, pid=os.getpid(), generation=step.generation, counted=begun)
 
         try:
-            ledger.call(lambda session: bereave(session, ledger, guard.task_id, pid=guard.pid))
+            ledger.call(due)
         except StoreUnavailable as error:
-            logger.warning("%s is due when its lease ends: %s", guard, error)
+            logger.warning("step %r (task %s) is due when its lease ends: %s", step.step_id, step.task_id, error)
 
 
 class Stretch(threading.local):
@@ -96,13 +105,12 @@ class Stretch(threading.local):
         """Say on the board what this thread is at, and what it is about to take."""
         present = self.present
         if self.place is not None:
-            self.place.write(present.guard.task_id if present else "", present.task.name if present else "", next_id)
+            self.place.write(present.step.task_id if present else "", present.task.name if present else "", next_id)
 
     def reporter_of(self, app: Any, hostname: str) -> Reporter:
         """Return who tells of what this thread is at."""
         if self.reporter is None or self.reporter.hostname != hostname:
-            producer = app.pgqrs.recorder.dispatcher.own_producer()
-            self.reporter = Reporter(app, producer.connection, hostname)
+            self.reporter = Reporter(app, hostname)
         return self.reporter
 
     def go_on(self) -> Following | None:
@@ -111,14 +119,17 @@ class Stretch(threading.local):
         self.note()
         return self.present
 
-    def end(self) -> list[Following]:
-        """The thread is done with what it was given; returns what it has not finished of what followed."""
-        left = [following for following in (self.present, self.following) if following is not None]
+    def end(self) -> None:
+        """The thread is done with what it was given; what followed is left only where an exception ends it."""
+        begun, following = self.present, self.following
         self.since = self.present = self.following = None
         self.note()
         if self.reporter is not None:
             self.reporter.flush()
-        return left
+        if begun is not None:
+            begun.give_up(begun=True)
+        if following is not None:
+            following.give_up(begun=False)
 
 
 _stretch = Stretch()
@@ -137,9 +148,7 @@ def going_on(tracer: Callable[..., Any]) -> Callable[..., Any]:
                 following.execute()
             return answer
         finally:
-            # Nothing, unless an exception ends this process or thread.
-            for left in _stretch.end():
-                left.give_up()
+            _stretch.end()
 
     return trace
 
@@ -147,29 +156,41 @@ def going_on(tracer: Callable[..., Any]) -> Callable[..., Any]:
 def guard_of(request: Any) -> StepGuard | None:
     """Return the guard of a step that was taken before its request was made."""
     present = _stretch.present
-    return present.guard if present is not None and present.guard.task_id == request.id else None
+    return present.guard if present is not None and present.step.task_id == request.id else None
+
+
+def goes_on() -> bool:
+    """Return whether this thread has taken a step that it will execute next."""
+    return _stretch.following is not None
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """What follows from a step that this process could go on with, and under what it would take it."""
+    """What follows from a step that this process could go on with, as this incarnation of its worker."""
 
     task: Any
     message: Outgoing
     step: NewStep
-    taking: Taking
+    worker_id: UUID
     before: Execution
 
     def announce(self) -> None:
         """Say that the step may be ours from now on: nobody could tell whose it is if this process died then."""
         _stretch.note(self.step.task_id)
 
-    def take(self, recorded: Recorded, asked_at: float) -> None:
+    def take(self, recorded: Recorded, taking: Taking, asked_at: float) -> None:
         """The step is ours, as asked for then: it is executed when the tracer of the present one has ended."""
-        message, deadline = self.message, asked_at + self.taking.lease
-        guard = StepGuard.taken(self.before.guard, self.step, self.taking, deadline, recorded.sent_at)
+        deadline = asked_at + taking.lease
+        self._follow(StepGuard.taken(self.before.guard, self.step, taking, deadline, recorded.sent_at), recorded)
+
+    def hand_over(self, recorded: Recorded) -> None:
+        """The step is asked for, and executed if it is ours then, when the tracer of the present one has ended."""
+        self._follow(None, recorded)
+
+    def _follow(self, guard: StepGuard | None, recorded: Recorded) -> None:
+        ledger, message = self.before.guard.ledger, self.message
         content = message.content(message.options.get("serializer") or self.task.app.conf.task_serializer)
-        _stretch.following = Following(self.task, guard, self._request(recorded), content)
+        _stretch.following = Following(self.task, ledger, self.step, guard, self._request(recorded), content)
 
     def leave(self) -> None:
         """The step is not ours."""
@@ -198,13 +219,20 @@ def candidate(running: Execution, message: Outgoing, step: NewStep, app: Any) ->
     if board is None or worker_id is None or _stretch.since is None or not board.permitted:
         return None
     task = app.tasks.get(message.name)
-    if now - _stretch.since >= ledger.settings.stretch or not _fits(task, message, step, running.request):
+    if now - _stretch.since >= ledger.settings.local_continuation or not _fits(task, message, step, running.request):
+        return None
+    if _is_limited(running.request, app.tasks.get(running.request.task)):
         return None
     if _stretch.place is None:
         _stretch.place = board.place(getattr(current_process(), "index", -1))
         if _stretch.place is None:
             return None
-    return Candidate(task, message, step, Taking(new_token(), worker_id, ledger.settings.lease), running)
+    return Candidate(task, message, step, worker_id, running)
+
+
+def _is_limited(request: Any, task: Any) -> bool:
+    """Return whether the main process limits the time of what it has given this process, and so of what follows."""
+    return any(request.timelimit or ()) or task is None or bool(task.time_limit or task.soft_time_limit)
 
 
 def _fits(task: Any, message: Outgoing, step: NewStep, request: Any) -> bool:

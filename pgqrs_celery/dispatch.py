@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Final
+from datetime import datetime
+from functools import partial
+from typing import Any, Final, TypeAlias
 
 from celery import Celery, states
 from celery.exceptions import TaskRevokedError
@@ -12,9 +14,10 @@ from kombu.exceptions import OperationalError
 
 from pgqrs_celery import outbox
 from pgqrs_celery.circumstances import Box
+from pgqrs_celery.connecting import broker_errors
 from pgqrs_celery.durability import signature_ids
 from pgqrs_celery.envelope import SENT
-from pgqrs_celery.exceptions import StoreUnavailable
+from pgqrs_celery.exceptions import StoreError, StoreUnavailable
 from pgqrs_celery.ledger import Ledger
 from pgqrs_celery.outgoing import Outgoing
 from pgqrs_celery.posting import Poster
@@ -25,7 +28,7 @@ from pgqrs_celery.store.messages import NewMessage, Published
 from pgqrs_celery.store.recording import Outcome, Recorded
 from pgqrs_celery.transport.broker import Broker
 
-__all__ = ["ONCE", "TOGETHER", "Dispatcher", "broker_errors"]
+__all__ = ["ONCE", "TOGETHER", "Dispatcher"]
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +37,27 @@ TOGETHER: Final = 1000
 
 #: Celery's publish retry, cut down to what a stale pooled connection needs: the relay does the rest.
 ONCE: Final = {"max_retries": 1, "interval_start": 0, "interval_step": 0, "interval_max": 0}
+
+
+Publication: TypeAlias = tuple[Any, dict[str, Any]]
+
+
+class Mute:
+    """Stands for a kombu producer while Celery's sender publishes a message that is not sent; keeps its event."""
+
+    __slots__ = ("_kept",)
+
+    def __init__(self) -> None:
+        self._kept: list[Publication] = []
+
+    def publish(self, body: Any, **options: Any) -> None:
+        """Take a publication."""
+        self._kept.append((body, options))
+
+    @property
+    def events(self) -> list[Publication]:
+        """What was published after the message."""
+        return self._kept[1:]
 
 
 class Dispatcher:
@@ -80,6 +104,28 @@ class Dispatcher:
                 raise error.__cause__ from None
             raise
         return box.messages
+
+    def tell(self, message: Outgoing, sent_at: datetime) -> Callable[[], None]:
+        """Tell everybody who hears of messages of one that its sender goes on with, as if it were published.
+
+        Returns what publishes its ``task-sent`` event.
+        """
+        message.headers[SENT] = sent_at.isoformat()
+        message.options["retry"] = False
+        mute = Mute()
+        self.publish(message, mute)
+        return partial(self._publish_events, mute.events)
+
+    def _publish_events(self, events: Sequence[Publication]) -> None:
+        if not events:
+            return
+        with self.app.producer_or_acquire() as producer:
+            away: tuple[type[BaseException], ...] = (StoreError, *broker_errors(producer))
+            try:
+                for body, options in events:
+                    producer.publish(body, **{**options, "retry": True, "retry_policy": ONCE})
+            except away as error:
+                logger.warning("the broker does not take a task-sent event: %r", error)
 
     def report(self, events: Sequence[NewMessage]) -> None:
         """Publish the ``task-sent`` events that rows brought with them; what they tell of has happened, sent or not."""
@@ -156,10 +202,3 @@ class Dispatcher:
         for message in outgoing:
             if recorded[message.task_id].outcome is Outcome.CANCELLED:
                 self._announce_cancelled(message)
-
-
-def broker_errors(producer: Any) -> tuple[type[BaseException], ...]:
-    """Return the exceptions by which a broker says that it is away."""
-    connection = getattr(producer, "connection", None)
-    own = (*connection.connection_errors, *connection.channel_errors) if connection is not None else ()
-    return (OperationalError, OSError, *own)

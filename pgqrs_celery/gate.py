@@ -17,15 +17,17 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from celery import states
+from celery.backends.base import DisabledBackend
 from celery.exceptions import NotRegistered
 from kombu.exceptions import EncodeError
 
 from pgqrs_celery import execution, ids
+from pgqrs_celery.continuation import goes_on
 from pgqrs_celery.durability import signature_ids
 from pgqrs_celery.envelope import UNDOING, WAITER
 from pgqrs_celery.exceptions import NotDurable, StoreUnavailable
 from pgqrs_celery.execution import Execution, Phase
-from pgqrs_celery.joint import Joint
+from pgqrs_celery.joint import Joint, shared_broker
 from pgqrs_celery.leases import bereave
 from pgqrs_celery.ledger import Ledger
 from pgqrs_celery.recorder import Recorder
@@ -79,16 +81,17 @@ def tell_waiter(ledger: Ledger, request: Any) -> bool:
     return True
 
 
-def hand_off(ledger: Ledger, task_id: str, fence: int) -> None:
+def hand_off(ledger: Ledger, task_id: str, fence: int, *, last: bool = True) -> None:
     """Note that everything that follows from a finished step has happened, then close its run if it is quiet.
 
-    ``fence`` is that under which it was finished. A database that does not answer is no error here: the relay finds
-    the step due and repeats the hand-off.
+    ``fence`` is that under which it was finished. Where the step is not the ``last``, because this thread goes on with
+    another one of the run, nobody needs to look. A database that does not answer is no error here: the relay finds the
+    step due and repeats the hand-off.
     """
 
     def work(session: Session) -> None:
         workflow_id = steps.hand_off(session, task_id, fence=fence)
-        if workflow_id is not None:
+        if workflow_id is not None and last:
             runs.close_if_quiet(session, workflow_id)
 
     try:
@@ -132,6 +135,8 @@ class LedgerBackend:
         self.recorder = recorder
         #: Set where results are stored in the ledger's own transactions.
         self.joint = Joint.of(recorder.app, wrapped, ledger)
+        #: The same for what leaves no result anywhere.
+        self.bare = self.joint or Joint(ledger, shared_broker(recorder.app, ledger))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.wrapped, name)
@@ -163,9 +168,15 @@ class LedgerBackend:
         elif self.joint is not None and running.phase is not Phase.LOST:
             outcome = self.wrapped.outcome(task_id, result, state, request=request, store_result=store_result)
             self._finish_jointly(self.joint, running, outcome)
-        elif running.phase is not Phase.LOST and self._flush(running):
+        elif running.phase is not Phase.LOST and not request.chord and not self._stores(store_result):
+            self._finish_jointly(self.bare, running, Outcome(task_id, state))
+        elif running.phase is not Phase.LOST and self._flush(running, going_on=True):
             self.wrapped.mark_as_done(task_id, result, request, store_result, state)
-            hand_off(self.ledger, task_id, running.guard.fence)
+            hand_off(self.ledger, task_id, running.guard.fence, last=not goes_on())
+
+    def _stores(self, store_result: bool) -> bool:
+        """Return whether anything is stored of a task whose result is to be stored or not."""
+        return store_result and not isinstance(self.wrapped, DisabledBackend)
 
     def _settle_and_tell(self, running: Execution) -> bool:
         """Commit a success that a function waits for, and tell it; False where the rest is left to others."""
@@ -173,10 +184,10 @@ class LedgerBackend:
             return False
         return tell_waiter(self.ledger, running.request)
 
-    def _flush(self, running: Execution) -> bool:
-        """Commit a success and send what follows; False where that is left to others."""
+    def _flush(self, running: Execution, *, going_on: bool = False) -> bool:
+        """Commit a success and send (or take) what follows; False where that is left to others."""
         try:
-            return self.recorder.flush(running)
+            return self.recorder.flush(running, going_on=going_on)
         except StoreUnavailable as error:
             logger.error("%s: its result cannot be recorded, it runs again: %s", running.guard, error)
             running.lose()

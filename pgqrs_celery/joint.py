@@ -8,24 +8,23 @@ commit, but no round trip of its own: everything travels in one network flush.
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from typing import Any, Final
 from uuid import UUID
 
-from celery import Celery, signals
+from celery import Celery
 
 from pgqrs_celery.backend import PostgresBackend
-from pgqrs_celery.continuation import Candidate, candidate
 from pgqrs_celery.execution import Deferred, Execution
 from pgqrs_celery.ledger import Ledger
 from pgqrs_celery.recorder import Recorder
 from pgqrs_celery.session import Session
-from pgqrs_celery.store import leases, recording, results, runs, steps, units, waiters
+from pgqrs_celery.store import recording, results, runs, steps, units, waiters
 from pgqrs_celery.store.messages import NewMessage, Published, insertion
 from pgqrs_celery.store.recording import Finished, Recorded
 from pgqrs_celery.store.recording import Outcome as Recording
 from pgqrs_celery.store.results import Outcome
+from pgqrs_celery.succession import successor, take
 from pgqrs_celery.transport import Transport
 from pgqrs_celery.transport.broker import Broker, broker_for
 
@@ -76,20 +75,18 @@ class Joint:
             # A chord is entered only once the success that begins it is known to count.
             return False
         deferred, running.deferred = running.deferred, Deferred()
-        following = self._candidate(recorder, running, deferred, outcome)
-        events: list[NewMessage] = []
+        following = successor(running, deferred, recorder.app) if outcome.part is None else None
         if following is not None:
-            following.announce()
+            own = self.own_message(running)
+            take(ledger, recorder.dispatcher, running, following, outcome=outcome, own_message_id=own)
+            return False
+        events: list[NewMessage] = []
 
         def work(session: Session) -> Answer:
-            prepared = None
-            if following is None or _is_told(deferred):
-                prepared = self._prepare(recorder, running, deferred, outcome)
-                events[:] = (prepared or [])[1:]
-            if following is not None:
-                return _go_on(session, self, running, following, outcome)
+            prepared = self._prepare(recorder, running, deferred, outcome)
             if prepared is None:
                 return _write(session, self, recorder, running, deferred, outcome)
+            events[:] = prepared[1:]
             return _write_unit(session, self, running, deferred, outcome, prepared[:1])
 
         answer = ledger.call(work, patience=max(ledger.settings.patience, ledger.settings.lease))
@@ -98,22 +95,15 @@ class Joint:
             running.lose()
             return False
         recorder.dispatcher.report(events)
-        return self._follow(recorder, running, deferred, following, answer)
+        return self._follow(recorder, running, deferred, answer)
 
-    def _follow(
-        self,
-        recorder: Recorder,
-        running: Execution,
-        deferred: Deferred,
-        following: Candidate | None,
-        answer: Answer,
-    ) -> bool:
+    def own_message(self, running: Execution) -> UUID | None:
+        """Return the row of the message that a step came with, where its end belongs to the step's transaction."""
+        tag = (running.request.properties or {}).get("delivery_tag") if self.broker is not None else None
+        return UUID(str(tag)) if tag else None
+
+    def _follow(self, recorder: Recorder, running: Execution, deferred: Deferred, answer: Answer) -> bool:
         """Do what comes after the commit; returns whether the chord the step belongs to seems complete."""
-        if following is not None:
-            if answer.asked_at is not None:
-                following.take(answer.recorded[0], answer.asked_at)
-                return False
-            following.leave()
         if answer.published and self.broker is not None:
             self.broker.wake(answer.published)
         if deferred.messages:
@@ -121,15 +111,6 @@ class Joint:
         if answer.quiet:
             self.ledger.call(lambda session: runs.close_if_quiet(session, running.guard.workflow_id))
         return answer.complete
-
-    def _candidate(
-        self, recorder: Recorder, running: Execution, deferred: Deferred, outcome: Outcome
-    ) -> Candidate | None:
-        """Return what this process may go on with itself."""
-        single = len(deferred.rows) == len(deferred.messages) == 1
-        if self.broker is None or running.uncommitted is None or outcome.part is not None or not single:
-            return None
-        return candidate(running, deferred.messages[0], deferred.rows[0], recorder.app)
 
     def _prepare(
         self, recorder: Recorder, running: Execution, deferred: Deferred, outcome: Outcome
@@ -146,12 +127,6 @@ class Joint:
         return messages if all(not m.exchange and m.visible_at is None for m in messages[:1]) else None
 
 
-def _is_told(deferred: Deferred) -> bool:
-    """Whether somebody is told of what is sent, though it is not; he may have a say in it (in its headers, say)."""
-    told = signals.before_task_publish.receivers or signals.after_task_publish.receivers
-    return bool(told) or any(message.sent_event for message in deferred.messages)
-
-
 @dataclass(frozen=True, slots=True)
 class Answer:
     """What the database said about a finished step."""
@@ -161,35 +136,6 @@ class Answer:
     published: list[Published]
     complete: bool
     quiet: bool
-    #: When this process asked for what it goes on with (of its monotonic clock); None where it does not go on.
-    asked_at: float | None = None
-
-
-def _go_on(session: Session, joint: Joint, running: Execution, following: Candidate, outcome: Outcome) -> Answer:
-    """Write a unit of work whose next step this process takes itself."""
-    guard, taking = running.guard, following.taking
-    assert running.uncommitted is not None
-    asked_at = time.monotonic()
-    unit, taken = units.go_on(
-        session,
-        app=joint.ledger.app,
-        lease_token=guard.lease_token,
-        output=running.uncommitted,
-        outcome=outcome,
-        following=following.step,
-        taking=taking,
-        own_message_id=_own_message(running),
-    )
-    if unit.accepted:
-        return Answer(True, unit.recorded, [], False, False, asked_at if taken else None)
-    # The answer of an earlier commit may have been lost: then the step is finished, and the next taken, as we wanted.
-    # The lease of that began then, and may be over by now.
-    task_id = following.step.task_id
-    leases.renew(session, [task_id], worker_id=taking.worker_id, lease=taking.lease)
-    ours = steps.finished_as(session, guard.task_id, "SUCCESS", guard.lease_token)
-    taken = ours and steps.finished_as(session, task_id, "RUNNING", taking.lease_token)
-    sent = Recorded(task_id, SENDING, guard.database_time())
-    return Answer(ours, [sent] if taken else unit.recorded, [], False, False, asked_at if taken else None)
 
 
 def _write_unit(
@@ -211,7 +157,7 @@ def _write_unit(
         outcome=outcome,
         following=deferred.rows[0] if deferred.rows else None,
         message=messages[0] if messages else None,
-        own_message_id=_own_message(running) if joint.broker is not None else None,
+        own_message_id=joint.own_message(running),
     )
     # The answer of an earlier commit may have been lost: then the step is finished under our token.
     ours = unit.accepted or steps.finished_as(session, guard.task_id, "SUCCESS", guard.lease_token)
@@ -240,8 +186,9 @@ def _write(
                 if messages:
                     published = session.send(*insertion(messages))
             accepted = _store(session, running, deferred, finished, outcome)
-            if joint.broker is not None:
-                _acknowledge(session, running)
+            own = joint.own_message(running)
+            if own is not None:  # its work is done, whoever has the message now
+                session.send("messages.delete", {"message_ids": [own]})
         # Each of these has a snapshot of its own, taken after the commit.
         if outcome.result:
             session.send(waiters.wake_statement(outcome.final), {"task_id": outcome.task_id})
@@ -284,18 +231,6 @@ def _store(
     else:
         condition, params = "steps.succeed_and_hand_off", {**params, "output": finished.output}
     return results.store_cursor(session, outcome, accepted=session.text(condition), params=params)
-
-
-def _acknowledge(session: Session, running: Execution) -> None:
-    """Delete the step's own message: its work is done, whoever has the message now."""
-    own = _own_message(running)
-    if own is not None:
-        session.send("messages.delete", {"message_ids": [own]})
-
-
-def _own_message(running: Execution) -> UUID | None:
-    tag = (running.request.properties or {}).get("delivery_tag")
-    return UUID(str(tag)) if tag else None
 
 
 def _true(cursor: Any) -> bool:

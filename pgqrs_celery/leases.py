@@ -105,9 +105,12 @@ class Keeper:
         self._sign(worker_id, idle=not held)
 
     def _held(self) -> list[Held]:
-        """Return what this worker has: what it has received, and what its processes have gone on with."""
+        """Return what this worker has: what it has received, and what its processes have gone on with.
+
+        What they are about to go on with is left out: a process that is kept from it must not keep it from others.
+        """
         board = self.ledger.board
-        further = [task_id for entry in board.entries() for task_id in entry.task_ids] if board else []
+        further = [entry.task_id for entry in board.entries() if entry.task_id] if board else []
         return [*self.ledger.holdings.present(), *(Held(task_id, accepted=True) for task_id in further)]
 
     def _sign(self, worker_id: UUID, *, idle: bool) -> None:

@@ -22,6 +22,7 @@ from pgqrs_celery.store import chords, recording, runs, steps, units
 from pgqrs_celery.store.chords import Chord
 from pgqrs_celery.store.messages import Published
 from pgqrs_celery.store.recording import Finished, NewStep, Outcome, Recorded
+from pgqrs_celery.succession import hand_over, successor
 from pgqrs_celery.transport.broker import Broker
 
 __all__ = ["Recorder"]
@@ -67,12 +68,18 @@ class Recorder:
         deferred.chords += self.chords_of(_groups(messages))
         deferred.messages += messages
 
-    def flush(self, running: Execution) -> bool:
-        """Commit a success with everything that follows from it, then send that; False where the step was lost."""
+    def flush(self, running: Execution, *, going_on: bool = False) -> bool:
+        """Commit a success with everything that follows from it, then send that; False where the step was lost.
+
+        With ``going_on`` what follows may be handed to this process instead.
+        """
         ledger, deferred = self._ledger(), running.deferred
         running.deferred = Deferred()
         if not deferred.messages:
             return running.settle()
+        following = successor(running, deferred, self.app) if going_on else None
+        if following is not None:
+            following.announce()
         text, running.uncommitted = running.uncommitted, None
         guard, broker = running.guard, self.shared_broker()
         finished = Finished(guard.task_id, text) if text is not None else None
@@ -94,7 +101,7 @@ class Recorder:
                 return self._again(session, ledger, running, deferred)
             for chord in deferred.chords:
                 chords.record(session, replace(chord, workflow_id=guard.workflow_id))
-            if broker is not None:
+            if broker is not None and following is None:
                 accepted = {entry.task_id: entry for entry in entries}
                 published.extend(self.dispatcher.publish_within(session, deferred.messages, accepted))
             return entries
@@ -104,6 +111,8 @@ class Recorder:
         if any(entry.outcome is Outcome.LOST for entry in entries):
             running.lose()
             return False
+        if following is not None and hand_over(self.dispatcher, following, entries[0]):
+            return True
         if broker is not None:
             broker.wake(published)
         self.send_deferred(deferred, entries, published=broker is not None)

@@ -21,7 +21,8 @@ from celery.utils.time import maybe_iso8601
 from kombu.serialization import prepare_accept_content
 
 from pgqrs_celery import envelope as envelopes
-from pgqrs_celery.dispatch import ONCE, broker_errors
+from pgqrs_celery.connecting import broker_errors
+from pgqrs_celery.dispatch import ONCE
 from pgqrs_celery.envelope import PLAN, SENT, UNDOING, Envelope
 from pgqrs_celery.finish import finish, finish_awaited
 from pgqrs_celery.housekeeping import Housekeeping

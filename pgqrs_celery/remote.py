@@ -79,21 +79,27 @@ class RemoteControl:
         for entry in self.board.entries():
             if entry.task_id in wanted and entry.pid != os.getpid():  # threads cannot be ended by force
                 self._end(entry, signals.signum(signal or TERM_SIGNAME))
+            elif entry.next_id in wanted:
+                self._cancel(entry.next_id)
 
     def _end(self, entry: Entry, signum: int) -> None:
+        if not self._cancel(entry.task_id):
+            return
+        logger.info("terminating task %s[%s], which process %d has gone on with", entry.name, entry.task_id, entry.pid)
+        self.worker.pool.terminate_job(entry.pid, signum)
+
+    def _cancel(self, task_id: str) -> bool:
+        """Cancel a step; False where the ledger cannot be told."""
         ledger, worker_id = self.ledger, self.ledger.worker_id
 
         def cancel(session: Session) -> None:
             # Due at once: a relay announces it to everybody who would have followed.
-            steps.revoke(
-                session, entry.task_id, error=revocation("terminated"), lease=0, generation=0, worker_id=worker_id
-            )
+            steps.revoke(session, task_id, error=revocation("terminated"), lease=0, generation=0, worker_id=worker_id)
             runs.notify(session, ledger.channel)
 
         try:
             ledger.call(cancel)
         except StoreUnavailable as error:
-            logger.warning("task %s is not terminated, the ledger cannot be told: %s", entry.task_id, error)
-            return
-        logger.info("terminating task %s[%s], which process %d has gone on with", entry.name, entry.task_id, entry.pid)
-        self.worker.pool.terminate_job(entry.pid, signum)
+            logger.warning("task %s is not terminated, the ledger cannot be told: %s", task_id, error)
+            return False
+        return True

@@ -14,9 +14,12 @@ from contextlib import contextmanager, nullcontext, suppress
 from datetime import datetime
 from typing import Any
 
+from billiard.common import TERM_SIGNAME
 from billiard.einfo import ExceptionWithTraceback  # type: ignore[attr-defined]
 from billiard.exceptions import Terminated, WorkerLostError
+from celery.platforms import signals
 from celery.worker import request as celery_request
+from celery.worker import state
 from celery.worker.state import requests, reserved_requests, task_ready
 
 from pgqrs_celery import ids
@@ -99,6 +102,17 @@ class DurableRequest(Request):  # type: ignore[misc]
         for request in (self, *self._others()):
             if not request.request_dict.get(UNDOING) and request._gone_on() is None:
                 super(DurableRequest, request).terminate(pool, signal)
+
+    def cancel(self, pool: Any, signal: Any = None, emit_retry: bool = True) -> None:
+        """Kill the process that executes the task, because the worker stops or has lost its broker.
+
+        What the process has gone on with since has no message that could be delivered to somebody else: it is left
+        alone while the worker lives, and given back when it stops.
+        """
+        if self._gone_on() is None:
+            super().cancel(pool, signal, emit_retry)
+        elif state.should_stop is not None or state.should_terminate is not None:
+            pool.terminate_job(self.worker_pid, signals.signum(signal or TERM_SIGNAME))
 
     def info(self, safe: bool = False) -> dict[str, Any]:
         """Return what remote control shows; of a process that has gone on by itself, what it is at."""

@@ -28,6 +28,7 @@ from kombu.utils.objects import cached_property
 
 from pgqrs_celery import execution, ids, outbox, transactions
 from pgqrs_celery.circumstances import Box
+from pgqrs_celery.connecting import connect_once
 from pgqrs_celery.dispatch import TOGETHER
 from pgqrs_celery.durability import is_durable
 from pgqrs_celery.envelope import MARKER, PLAN, SENT, chosen
@@ -144,9 +145,7 @@ class SendSeam:
             return None
         producer = getattr(self._own, "producer", None)
         if producer is None:
-            options = {"max_retries": 0, **(self.app.conf.broker_transport_options or {})}
-            connection = self.app.connection_for_write(transport_options=options)
-            producer = self._own.producer = self.app.amqp.Producer(connection)
+            producer = self._own.producer = self.app.amqp.Producer(connect_once(self.app))
         return producer
 
     def _publish_together(self, scope: Scope) -> None:

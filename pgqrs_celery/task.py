@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, NoReturn
 
 from celery import Celery, Task, states
@@ -203,7 +204,7 @@ def execute(
     setattr(request, execution.ATTRIBUTE, running)
     announce_start(task, request)
     try:
-        running.guard.check_deadline()
+        check_deadline(running)
         if decision is not None and decision.verdict is Verdict.UNDO:
             undo(task, request, running, decision.error, args, kwargs)
         return finish_body(running, task.run(*args, **kwargs))
@@ -225,11 +226,28 @@ def execute(
         raise
 
 
+def check_deadline(running: Execution) -> None:
+    """Raise ``LeaseLost`` where the lease is over before the body has begun; nobody need wait for such a step."""
+    guard = running.guard
+    try:
+        guard.check_deadline()
+    except LeaseLost:
+        with suppress(StoreUnavailable):  # then it is due by its lease
+            guard.give_back()
+        raise
+
+
 def announce_start(task: DurableTask, request: Any) -> None:
-    """Store STARTED where the task wants that; the gate lets it pass only for a step that was acquired."""
+    """Store STARTED where the task wants that; the gate lets it pass only for a step that was acquired.
+
+    A backend that does not take it is no reason to end a step that has not begun.
+    """
     if task.track_started and not request.ignore_result:
         meta = {"pid": os.getpid(), "hostname": request.hostname}
-        task.raw_backend.store_result(request.id, meta, states.STARTED, request=request)
+        try:
+            task.raw_backend.store_result(request.id, meta, states.STARTED, request=request)
+        except Exception as error:  # noqa: BLE001 - whatever the backend in use raises
+            logger.warning("task %s: STARTED is not stored: %r", request.id, error)
 
 
 def finish_body(running: Execution, value: Any) -> Any:

@@ -14,7 +14,6 @@ from pgqrs_celery.board import Board
 from pgqrs_celery.exceptions import NotInstalled, SchemaOutdated, StoreError, StoreUnavailable
 from pgqrs_celery.forks import NoFork
 from pgqrs_celery.incarnation import Incarnation
-from pgqrs_celery.joint import shares_ledger
 from pgqrs_celery.leases import Keeper
 from pgqrs_celery.ledger import Ledger
 from pgqrs_celery.permission import Permission
@@ -30,11 +29,6 @@ logger = logging.getLogger(__name__)
 
 #: Exit status of a worker that must not start.
 EX_FAILURE = 1
-
-NO_UNIT = (
-    "pgqrs_local_continuation has no effect: broker and result backend must both be pgqrs+postgresql://, in the "
-    "ledger's database and schema"
-)
 
 #: Seconds between two looks for pool processes that have died.
 POOL_LOOK = 0.5
@@ -118,11 +112,8 @@ class DurabilityStep(bootsteps.StartStopStep):
         ledger = ledger_of(parent.app)
         ledger.incarnation = Incarnation()
         ledger.board = None
-        if ledger.settings.stretch:
-            if goes_on(parent.app, ledger):
-                ledger.board = Board()
-            elif ledger.settings.local_continuation is not None:
-                logger.warning("%s", NO_UNIT)
+        if ledger.settings.local_continuation:
+            ledger.board = Board()
         self._permission: Permission | None = None
         self._remote: RemoteControl | None = None
         # ... and found out before: a process that is replaced may be forked while the relay would be at it.
@@ -141,6 +132,8 @@ class DurabilityStep(bootsteps.StartStopStep):
         self._threads.start()
         self._keeper = Keeper(ledger)
         self._keeper.start()
+        if ledger.board is not None and not parent.use_eventloop:
+            logger.info("local continuation is off: the worker has no event loop")
         parent.pgqrs = self
 
     def register_with_event_loop(self, parent: Any, hub: Any) -> None:
@@ -229,8 +222,3 @@ class GiveBackStep(bootsteps.StartStopStep):
         step: DurabilityStep | None = getattr(consumer.controller, "pgqrs", None)
         if step is not None:
             step.give_back()
-
-
-def goes_on(app: Any, ledger: Ledger) -> bool:
-    """Return whether steps end in a unit of work, with which a process can go on."""
-    return app.pgqrs.shared_broker is not None and shares_ledger(app.backend, ledger)

@@ -320,8 +320,8 @@ def hand_off(session: Session, task_id: str, *, fence: int) -> int | None:
     ``fence`` is that of the execution which has finished it: whoever stalls here while the user resumes the failed run
     must not end the hand-off of what was executed after that.
     """
-    row = session.row("steps.hand_off", {"task_id": task_id, "fence": fence})
-    return row[0] if row else None
+    row = session.quick_row("steps.hand_off", {"task_id": task_id, "fence": fence})
+    return int(row[0]) if row and row[0] else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from tests.support.scenario import LOCAL, LONG_LEASE, QUEUED, Scenario
 BROKERS = ["postgres", "redis", pytest.param("rabbitmq", marks=pytest.mark.rabbitmq)]
 
 #: The numbered databases of this session's Redis that its fleets use; tests get theirs from 0 upwards.
-FLEET_DATABASE, BRIEF_DATABASE = 4095, 4092
+FLEET_DATABASE, BRIEF_DATABASE, LOCAL_DATABASE = 4095, 4092, 4089
 
 
 @pytest.fixture(scope="session")
@@ -47,9 +47,24 @@ def postgres_fleet(fleet_scenario: Callable[..., Scenario]) -> Iterator[Fleet]:
 
 @pytest.fixture(scope="session")
 def redis_fleet(fleet_scenario: Callable[..., Scenario], redis_server: embedded.RedisServer) -> Iterator[Fleet]:
-    """Two prefork workers of two processes each, on Redis."""
+    """Two prefork workers of two processes each, on Redis; every link goes through the queue."""
     redis = redis_server.database_url(FLEET_DATABASE)
-    with Fleet(fleet_scenario(redis, redis, **LONG_LEASE)) as fleet:
+    with Fleet(fleet_scenario(redis, redis, **LONG_LEASE, **QUEUED)) as fleet:
+        yield fleet
+
+
+@pytest.fixture(scope="session")
+def local_redis_fleet(fleet_scenario: Callable[..., Scenario], redis_server: embedded.RedisServer) -> Iterator[Fleet]:
+    """The like of `redis_fleet`, whose processes go on with the next link themselves."""
+    redis = redis_server.database_url(LOCAL_DATABASE)
+    with Fleet(fleet_scenario(redis, redis, **LONG_LEASE, **LOCAL)) as fleet:
+        yield fleet
+
+
+@pytest.fixture(scope="module")
+def local_rabbitmq_fleet(fleet_scenario: Callable[..., Scenario], rabbitmq_server: Address) -> Iterator[Fleet]:
+    """The like of `local_fleet` whose messages go through RabbitMQ; results are in Postgres."""
+    with rabbitmq_server.vhost() as url, Fleet(fleet_scenario(url, **LONG_LEASE, **LOCAL)) as fleet:
         yield fleet
 
 
@@ -64,7 +79,7 @@ def brief_postgres_fleet(fleet_scenario: Callable[..., Scenario]) -> Iterator[Fl
 def brief_redis_fleet(fleet_scenario: Callable[..., Scenario], redis_server: embedded.RedisServer) -> Iterator[Fleet]:
     """The like of `redis_fleet` for tests in which a lease has to end."""
     redis = redis_server.database_url(BRIEF_DATABASE)
-    with Fleet(fleet_scenario(redis, redis)) as fleet:
+    with Fleet(fleet_scenario(redis, redis, **QUEUED)) as fleet:
         yield fleet
 
 
@@ -86,9 +101,9 @@ def brief_local_fleet(fleet_scenario: Callable[..., Scenario]) -> Iterator[Fleet
 def rabbitmq_fleet(
     fleet_scenario: Callable[..., Scenario], redis_server: embedded.RedisServer, rabbitmq_server: Address
 ) -> Iterator[Fleet]:
-    """Two prefork workers of two processes each, on RabbitMQ."""
+    """Two prefork workers of two processes each, on RabbitMQ; every link goes through the queue."""
     redis = redis_server.database_url(FLEET_DATABASE)
-    with rabbitmq_server.vhost() as url, Fleet(fleet_scenario(url, redis, **LONG_LEASE)) as fleet:
+    with rabbitmq_server.vhost() as url, Fleet(fleet_scenario(url, redis, **LONG_LEASE, **QUEUED)) as fleet:
         yield fleet
 
 
@@ -104,12 +119,6 @@ def fleet(request: pytest.FixtureRequest) -> Fleet:
 def scenario(database_dsn: str, installed_schema: str, tmp_path: Path) -> Scenario:
     """A scenario of the test's own on one Postgres, without workers."""
     return Scenario.on_postgres(database_dsn, schema=installed_schema, directory=str(tmp_path))
-
-
-@pytest.fixture
-def redis_scenario(scenario: Scenario, redis_url: str) -> Scenario:
-    """A scenario of the test's own on Redis."""
-    return scenario.using(redis_url, redis_url)
 
 
 @pytest.fixture(params=BROKERS)

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from celery import chain
 
 from pgqrs_celery import Status, embedded
 from tests.support.fleet import Fleet
-from tests.support.scenario import LONG_LEASE, Application, Scenario
+from tests.support.scenario import LOCAL, LONG_LEASE, QUEUED, Application, Scenario
 from tests.support.vocabulary import named
 from tests.support.waiting import PATIENCE, wait_for
 
@@ -115,7 +116,7 @@ def test_what_is_sent_while_the_broker_is_away_is_accepted_and_sent_later(each_s
 
 @dataclass(frozen=True, slots=True)
 class MortalBroker:
-    """A scenario with a broker that can be taken away: a second Postgres, or a Redis that forgets everything."""
+    """A scenario with a broker that can be taken away: a second Postgres, or one that forgets everything."""
 
     scenario: Scenario
     go: Callable[[], Any]
@@ -128,6 +129,11 @@ def mortal_broker(request: pytest.FixtureRequest, scenario: Scenario) -> MortalB
     if request.param == "redis":
         redis: embedded.RedisServer = request.getfixturevalue("own_redis")
         return MortalBroker(scenario.using(redis.url, None), redis.kill, redis.start)
+    if request.param == "rabbitmq":
+        rabbitmq, url = request.getfixturevalue("rabbitmq_server"), request.getfixturevalue("rabbitmq_url")
+        vhost = f"/vhosts/{url.rpartition('/')[2]}"
+        go, come_back = partial(rabbitmq.request, "DELETE", vhost), partial(rabbitmq.request, "PUT", vhost)
+        return MortalBroker(scenario.using(url, None), go, come_back)
     server: embedded.PostgresServer = request.getfixturevalue("own_postgres")
     there = scenario.elsewhere(server.dsn())
     Application(there).pgqrs.install()
@@ -136,7 +142,7 @@ def mortal_broker(request: pytest.FixtureRequest, scenario: Scenario) -> MortalB
 
 @pytest.mark.parametrize("point", ["in_body", "recorded_before_publish"])
 def test_a_broker_that_dies_in_the_middle_of_a_chain_does_not_stop_it(mortal_broker: MortalBroker, point: str) -> None:
-    with Fleet(mortal_broker.scenario.with_conf(**LONG_LEASE), size=1) as fleet:
+    with Fleet(mortal_broker.scenario.with_conf(**LONG_LEASE, **QUEUED), size=1) as fleet:
         step = fleet.tasks.step
         links = [named(step.s([], "a")), named(step.s("b")), named(step.s("c"))]
         with fleet.scenario.points.arm(point, links[1].id) as trap:
@@ -148,4 +154,41 @@ def test_a_broker_that_dies_in_the_middle_of_a_chain_does_not_stop_it(mortal_bro
             mortal_broker.come_back()
             assert result.get(timeout=PATIENCE) == ["a", "b", "c"]
         assert fleet.ended(links[0].id).status is Status.SUCCESS
+        fleet.expect({link.id: 1 for link in links})
+
+
+def test_a_process_that_goes_on_by_itself_needs_no_broker(mortal_broker: MortalBroker) -> None:
+    conf = {**LOCAL, **LONG_LEASE, "task_send_sent_event": True}
+    options = {"arguments": ["-E"]}
+    with Fleet(mortal_broker.scenario.with_conf(**conf), size=1, options=options) as fleet:
+        step = fleet.tasks.step
+        links = [named(step.s([], "a")), named(step.s("b")), named(step.s("c"))]
+        with fleet.scenario.points.arm("in_body", links[1].id) as trap:
+            result = chain(*links).delay()
+            trap.wait()
+            mortal_broker.go()
+        assert result.get(timeout=PATIENCE) == ["a", "b", "c"]
+        assert fleet.logged("the broker does not take a task-sent event")
+        assert fleet.logged("the broker does not take task events")
+        assert [(s.status, s.attempt) for s in fleet.ended(links[0].id).steps()] == [("SUCCESS", 1)] * 3
+        mortal_broker.come_back()
+        fleet.expect({link.id: 1 for link in links})
+
+
+@pytest.mark.rabbitmq
+@pytest.mark.parametrize("mortal_broker", ["rabbitmq"], indirect=True)
+def test_what_has_no_message_is_not_cancelled_when_the_broker_is_lost(mortal_broker: MortalBroker) -> None:
+    conf = {**LOCAL, **LONG_LEASE, "worker_cancel_long_running_tasks_on_connection_loss": True}
+    with Fleet(mortal_broker.scenario.with_conf(**conf), size=1) as fleet:
+        late = fleet.tasks.late
+        links = [named(late.s([], "a")), named(late.s("b")), named(late.s("c"))]
+        with fleet.scenario.points.arm("in_body", links[1].id) as trap:
+            result = chain(*links).delay()
+            trap.wait()
+            mortal_broker.go()
+            what = "the worker to cancel what it can no longer acknowledge"
+            wait_for(lambda: fleet.logged("cannot be acknowledged"), PATIENCE, what)
+        assert result.get(timeout=PATIENCE) == ["a", "b", "c"]
+        assert [(s.status, s.attempt) for s in fleet.ended(links[0].id).steps()] == [("SUCCESS", 1)] * 3
+        mortal_broker.come_back()
         fleet.expect({link.id: 1 for link in links})

@@ -24,11 +24,12 @@ from tests.support.vocabulary import named
 from tests.support.waiting import PATIENCE, wait_for
 
 
-@pytest.fixture
-def fleet(local_fleet: Fleet) -> Fleet:
-    """Two workers whose processes go on, shared with other tests."""
-    local_fleet.fill()
-    return local_fleet
+@pytest.fixture(params=["local", "local_redis"])
+def fleet(request: pytest.FixtureRequest) -> Fleet:
+    """Two workers whose processes go on, shared with other tests; on one Postgres, and with Redis for the rest."""
+    shared: Fleet = request.getfixturevalue(f"{request.param}_fleet")
+    shared.fill()
+    return shared
 
 
 @pytest.fixture
@@ -46,7 +47,9 @@ def abc(fleet: Fleet) -> list[Any]:
 
 def sent(fleet: Fleet, *links: Any) -> list[int]:
     """Return how many messages of each link there have been."""
-    return [fleet.scenario.stops.count("message", link.id) for link in links]
+    if fleet.scenario.on_one_postgres:
+        return [fleet.scenario.stops.count("message", link.id) for link in links]
+    return [fleet.occurrences(f"[{link.id}] received") for link in links]
 
 
 def pids(fleet: Fleet, *links: Any) -> list[int]:
@@ -55,6 +58,11 @@ def pids(fleet: Fleet, *links: Any) -> list[int]:
     return [effect.pid for link in links for effect in effects if effect.task_id == link.id]
 
 
+@pytest.mark.parametrize(
+    "fleet",
+    ["local", "local_redis", pytest.param("local_rabbitmq", marks=pytest.mark.rabbitmq)],
+    indirect=True,
+)
 def test_one_process_executes_a_chain_with_one_message(fleet: Fleet) -> None:
     links = abc(fleet)
     assert chain(*links).delay().get(timeout=PATIENCE) == ["a", "b", "c"]
@@ -75,6 +83,7 @@ def test_every_link_has_its_result_and_sees_its_own_request(fleet: Fleet) -> Non
     for request, own, parent in ((before, links[1], links[0]), (shown, links[2], links[1])):
         assert (request["id"], request["parent_id"], request["root_id"]) == (own.id, parent.id, links[0].id)
         assert (request["correlation_id"], request["retries"], request["redelivered"]) == (own.id, 0, False)
+        assert request["announced"] == own.id  # who hears of messages has a say in those that are not sent
         assert request["routing_key"] == fleet.queue
         assert request["hostname"] in [worker.hostname for worker in fleet.workers]
     assert sent(fleet, *links) == [1, 0, 0]
@@ -126,6 +135,18 @@ def test_what_concerns_the_main_process_goes_through_the_queue(
     own_fleet.application.celery.control.add_consumer("other", reply=True)
     first, second = named(own_fleet.tasks.note.s()), named(getattr(own_fleet.tasks, task).si())
     chain(first, second.set(**options)).delay().get(timeout=PATIENCE)
+    own_fleet.ended(first.id)
+    assert sent(own_fleet, first, second) == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("task", "options"), [("limited", {}), ("note", {"time_limit": 60}), ("note", {"soft_time_limit": 60})], ids=str
+)
+def test_no_link_follows_into_the_time_that_another_may_take(
+    own_fleet: Fleet, task: str, options: dict[str, Any]
+) -> None:
+    first, second = named(getattr(own_fleet.tasks, task).s()), named(own_fleet.tasks.note.si())
+    chain(first.set(**options), second).delay().get(timeout=PATIENCE)
     own_fleet.ended(first.id)
     assert sent(own_fleet, first, second) == [1, 1]
 
@@ -304,6 +325,33 @@ def test_a_link_that_kills_its_process_every_time_is_given_up(scenario: Scenario
         fleet.expect({first.id: 1, deadly.id: 3, last.id: 0})
 
 
+@pytest.mark.parametrize("fleet", ["local_redis"], indirect=True)
+def test_no_link_waits_for_a_result_that_the_backend_does_not_take(fleet: Fleet) -> None:
+    links = abc(fleet)
+    with fleet.scenario.points.arm("after_next_link_before_result", links[0].id) as trap:
+        result = chain(*links).delay()
+        trap.wait()
+        wait_for(lambda: pids(fleet, links[2]), PATIENCE, "somebody else to go on with the chain")
+    assert result.get(timeout=PATIENCE) == ["a", "b", "c"]
+    assert fleet.application.celery.AsyncResult(links[0].id).get(timeout=PATIENCE) == ["a"]
+    assert fleet.ended(links[0].id).status is Status.SUCCESS
+    first, second, _ = pids(fleet, *links)
+    assert first != second
+    fleet.expect({link.id: 1 for link in links})
+
+
+def test_links_that_leave_no_result_go_on(fleet: Fleet) -> None:
+    links = [link.set(ignore_result=True) for link in abc(fleet)]
+    chain(*links).delay()
+    wait_for(lambda: fleet.application.pgqrs.run_of(links[0].id), PATIENCE, "the run")
+    run = fleet.ended(links[0].id)
+    assert run.get(timeout=PATIENCE) == ["a", "b", "c"]
+    assert [(s.status, s.attempt, s.open) for s in run.steps()] == [("SUCCESS", 1, False)] * 3
+    assert sent(fleet, *links) == [1, 0, 0]
+    assert fleet.application.celery.AsyncResult(links[2].id).state == "PENDING"
+    fleet.expect({link.id: 1 for link in links})
+
+
 @pytest.mark.parametrize("first", ["fail", "retry"])
 def test_a_link_that_fails_or_is_retried_goes_on_after_that(fleet: Fleet, first: str) -> None:
     tasks = fleet.tasks
@@ -352,14 +400,6 @@ def test_a_link_whose_taking_was_answered_too_late_is_executed_once(scenario: Sc
         assert [(s.status, s.attempt) for s in fleet.ended(links[0].id).steps()] == [("SUCCESS", 1)] * 3
         assert sent(fleet, *links) == [1, 0, 0]
         fleet.expect({link.id: 1 for link in links})
-
-
-def test_a_worker_with_another_broker_says_that_nothing_will_go_on(redis_scenario: Scenario) -> None:
-    with Fleet(redis_scenario.with_conf(**LOCAL), size=1) as fleet:
-        links = abc(fleet)
-        assert chain(*links).delay().get(timeout=PATIENCE) == ["a", "b", "c"]
-        assert fleet.logged("pgqrs_local_continuation has no effect")
-        fleet.ended(links[0].id)
 
 
 def test_a_second_worker_of_a_process_finds_celery_s_own_commands(scenario: Scenario) -> None:

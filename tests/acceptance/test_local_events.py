@@ -48,9 +48,10 @@ def watched(fleet: Fleet, statement: str) -> list[Any]:
     return links
 
 
-def test_task_events_tell_of_every_link(scenario: Scenario) -> None:
+@pytest.mark.parametrize("each_scenario", ["postgres", "redis"], indirect=True)
+def test_task_events_tell_of_every_link(each_scenario: Scenario) -> None:
     conf = {**LOCAL, **LONG_LEASE, "task_send_sent_event": True}
-    with Fleet(scenario.with_conf(**conf), size=1, options={"arguments": ["-E"]}) as fleet:
+    with Fleet(each_scenario.with_conf(**conf), size=1, options={"arguments": ["-E"]}) as fleet:
         links = [*abc(fleet)[:2], named(fleet.tasks.fickle.s("c", first="retry"))]
         failing = [named(fleet.tasks.step.s([], "a")), named(fleet.tasks.fail.s())]
         with collected_events(fleet.application.celery) as events:

@@ -10,7 +10,7 @@ from celery import chain, group
 
 from pgqrs_celery import Status
 from tests.support.fleet import Fleet
-from tests.support.scenario import Scenario
+from tests.support.scenario import LONG_LEASE, Scenario
 from tests.support.vocabulary import named
 from tests.support.waiting import PATIENCE
 
@@ -42,7 +42,7 @@ ROWS = [
 def test_chains_and_groups_end_well_and_a_killed_worker_s_step_runs_again(
     each_scenario: Scenario, options: dict[str, Any]
 ) -> None:
-    with Fleet(each_scenario, options=options) as fleet:
+    with Fleet(each_scenario.with_conf(**LONG_LEASE), options=options) as fleet:
         step = fleet.tasks.step
         chains = [[named(step.s([], f"{n}a")), named(step.s("b")), named(step.s("c"))] for n in range(8)]
         results = group(chain(*links) for links in chains).delay()

@@ -114,6 +114,27 @@ def test_started_is_stored_when_the_step_is_acquired(bench: Bench) -> None:
     assert seen == ["STARTED"]
 
 
+def test_a_backend_that_does_not_take_started_fails_no_step(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend, refused = type(bench.shop.app.backend), []
+    store_result = backend.store_result
+
+    def store(self: Any, task_id: str, result: Any, state: str, *args: Any, **kwargs: Any) -> Any:
+        if state == "STARTED":
+            refused.append(task_id)
+            raise ConnectionError("not now")
+        return store_result(self, task_id, result, state, *args, **kwargs)
+
+    monkeypatch.setattr(backend, "store_result", store)
+
+    @bench.task(name="shop.looked_at", track_started=True)
+    def looked_at() -> int:
+        return 1
+
+    result = looked_at.delay()
+    assert result.get(TIMEOUT) == 1
+    assert refused == [result.id]
+
+
 def test_a_body_calls_itself_as_an_ordinary_function(bench: Bench) -> None:
     @bench.task(name="shop.factorial")
     def factorial(n: int) -> int:

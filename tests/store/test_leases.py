@@ -139,6 +139,21 @@ def test_a_finished_step_whose_process_is_gone_stays_due_though_its_worker_still
     assert [step.task_id for step in ledger.claim()] == ["a"]
 
 
+def test_a_step_whose_hand_off_has_failed_keeps_its_time_though_its_worker_still_counts_it_as_its_own(
+    ledger: Ledger,
+) -> None:
+    # A process that goes on with the next link has the message of this one for as long.
+    worker = Worker()
+    ledger.start("a")
+    assert ledger.succeed("a", ledger.acquire("a", worker))
+    assert ledger.break_hand_off("a", interval=LEASE / 3)
+    before = ledger.row("a")
+    renew(ledger, worker, "a")
+    assert ledger.row("a") == before
+    ledger.advance(LEASE / 3 + 1)
+    assert [step.task_id for step in ledger.claim()] == ["a"]
+
+
 @pytest.mark.parametrize("finish", [Ledger.succeed, Ledger.fail])
 def test_a_finished_step_is_kept_while_its_process_hands_it_off(ledger: Ledger, finish: Callable[..., bool]) -> None:
     worker = Worker()

@@ -44,17 +44,16 @@ class Events:
 @contextmanager
 def collected_events(app: Celery, *, begun: bool = True) -> Iterator[Events]:
     """Collect events until the block ends; it begins when the first one, of whatever kind, has come, if ``begun``."""
-    events, done = Events(), threading.Event()
+    events = Events()
+    connection = app.connection_for_read()
+    # By default an event is lost that nobody has taken for five seconds.
+    receiver = app.events.Receiver(connection, handlers={"*": events.seen.append}, queue_ttl=PATIENCE)
 
     def listen() -> None:
-        with app.connection_for_read() as connection:
-            # By default an event is lost that nobody has taken for five seconds.
-            receiver = app.events.Receiver(connection, handlers={"*": events.seen.append}, queue_ttl=PATIENCE)
-            while not done.is_set():
-                try:
-                    receiver.capture(limit=None, timeout=0.5, wakeup=False)
-                except TimeoutError:
-                    continue
+        with connection:
+            # One consumer all the time: what Redis publishes while there is none is lost.
+            for _ in receiver.consume(limit=None, wakeup=False, safety_interval=0.2):
+                pass
 
     thread = threading.Thread(target=listen)
     thread.start()
@@ -63,5 +62,5 @@ def collected_events(app: Celery, *, begun: bool = True) -> Iterator[Events]:
             wait_for(lambda: events.seen, PATIENCE, "an event")
         yield events
     finally:
-        done.set()
+        receiver.should_stop = True
         thread.join()

@@ -141,7 +141,9 @@ class Fleet:
         log = self.scenario.log
         found = {task_id: log.count(task_id, kind) for task_id in counts}
         effects = [effect for effect in log.read() if found.get(effect.task_id, 0) != counts.get(effect.task_id, 0)]
-        assert found == dict(counts), f"found {found}, expected {dict(counts)}; what was noted: {effects}"
+        if found != dict(counts):
+            wrong = {task_id: (count, counts[task_id]) for task_id, count in found.items() if count != counts[task_id]}
+            raise AssertionError(f"found and expected: {wrong}; noted: {effects}\n{self.last_words()}")
         self._expected |= {(task_id, kind): count for task_id, count in counts.items()}
 
     def audit(self) -> None:

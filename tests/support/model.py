@@ -254,7 +254,8 @@ class Model:
         lost = set()
         for task_id in held:
             s = self.steps[task_id]
-            given_up = s.token is None and s.due is not None and s.due <= self.now
+            failed = s.status == "SUCCESS" and s.has_error  # its hand-off
+            given_up = s.token is None and s.due is not None and (s.due <= self.now or failed)
             handing_off = s.open and s.status in ("SUCCESS", "FAILED") and not given_up
             ours = s.worker == worker and (s.status == "RUNNING" or handing_off)
             received = s.status == "QUEUED" and s.sent

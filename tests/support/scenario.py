@@ -82,7 +82,7 @@ class Scenario:
     @property
     def goes_on(self) -> bool:
         """Whether processes go on with the next link themselves."""
-        return self.on_one_postgres and self.conf.get("pgqrs_local_continuation") != 0.0
+        return self.conf.get("pgqrs_local_continuation") != 0.0
 
     def using(self, broker: str | None, backend: str | None) -> Scenario:
         """Return the scenario with another broker or backend, where given."""
@@ -177,7 +177,8 @@ def watch_publishing(log: EffectLog, points: Points) -> None:
         return of_relay if workers and not current_task else of_sender
 
     @signals.before_task_publish.connect(weak=False)
-    def before(headers: Mapping[str, Any], **_: Any) -> None:
+    def before(headers: dict[str, Any], **_: Any) -> None:
+        headers["announced"] = headers["id"]
         points.reach(point("recorded_before_publish", "claimed_before_publish"), headers["id"])
 
     @signals.after_task_publish.connect(weak=False)

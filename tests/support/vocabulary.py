@@ -89,6 +89,7 @@ class Vocabulary:
             names = ("id", "parent_id", "root_id", "correlation_id", "retries", "hostname")
             return {
                 **{name: getattr(request, name) for name in names},
+                "announced": request.get("announced"),
                 "redelivered": route["redelivered"],
                 "routing_key": route["routing_key"],
             }

@@ -1,6 +1,6 @@
 -- renew: extend the leases of what this worker holds (also of what it has only received, which is noted as its own), and
--- say which of its running steps belong to others now. A finished step that is due and has no token was given up: the
--- process that was handing it off is gone, and it must stay due.
+-- say which of its running steps belong to others now. A finished step that has no token was given up, if it is due (the
+-- process that was handing it off is gone) or has an error (its hand-off has failed): its time must stay as it is.
 WITH held AS MATERIALIZED (
   SELECT s.workflow_id, s.step_id, s.task_id, s.due_at, s.status
     FROM {schema}.pgqrs_workflow_steps s
@@ -8,7 +8,8 @@ WITH held AS MATERIALIZED (
      AND (s.worker_id = %(worker_id)s
           AND (s.status = 'RUNNING'
                OR s.open::int = 1 AND s.status IN ('SUCCESS', 'FAILED')
-                  AND (s.lease_token IS NOT NULL OR s.due_at > {schema}.pgqrs_now()))
+                  AND (s.lease_token IS NOT NULL
+                       OR s.due_at > {schema}.pgqrs_now() AND (s.status = 'FAILED' OR s.error IS NULL)))
           OR s.status = 'QUEUED' AND s.sent_at IS NOT NULL)
      FOR NO KEY UPDATE SKIP LOCKED
 ), renewed AS (
