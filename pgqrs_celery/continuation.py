@@ -18,7 +18,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 from uuid import UUID
 
@@ -30,7 +30,7 @@ from pgqrs_celery.board import LONGEST, Place
 from pgqrs_celery.envelope import SENT, Content
 from pgqrs_celery.exceptions import StoreUnavailable
 from pgqrs_celery.execution import Execution
-from pgqrs_celery.guard import StepGuard
+from pgqrs_celery.guard import StepGuard, new_token
 from pgqrs_celery.leases import bereave
 from pgqrs_celery.ledger import Ledger
 from pgqrs_celery.outgoing import Outgoing
@@ -39,7 +39,7 @@ from pgqrs_celery.session import Session
 from pgqrs_celery.store.recording import NewStep, Recorded
 from pgqrs_celery.store.units import Taking
 
-__all__ = ["REQUEST", "Candidate", "candidate", "goes_on", "going_on", "guard_of"]
+__all__ = ["REQUEST", "Candidate", "candidate", "going_on", "guard_of", "pass_on", "token_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +54,8 @@ class Following:
     task: Any
     ledger: Ledger
     step: NewStep
+    #: Under what it is asked for, if there is no guard yet.
+    lease_token: UUID
     guard: StepGuard | None
     request: dict[str, Any]
     content: Content
@@ -159,9 +161,23 @@ def guard_of(request: Any) -> StepGuard | None:
     return present.guard if present is not None and present.step.task_id == request.id else None
 
 
-def goes_on() -> bool:
-    """Return whether this thread has taken a step that it will execute next."""
-    return _stretch.following is not None
+def token_of(request: Any) -> UUID | None:
+    """Return the token of a step that was handed to this thread before its request was made."""
+    present = _stretch.present
+    return present.lease_token if present is not None and present.step.task_id == request.id else None
+
+
+def pass_on(finished_id: str, fence: int) -> bool:
+    """End the hand-off of a step and take the next one that was handed to this thread; False where none was.
+
+    Raises ``StoreUnavailable``.
+    """
+    following = _stretch.following
+    if following is None:
+        return False
+    guard = StepGuard.passed_on(following.ledger, finished_id, fence, following.step, following.lease_token)
+    _stretch.following = replace(following, guard=guard)
+    return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,16 +197,18 @@ class Candidate:
     def take(self, recorded: Recorded, taking: Taking, asked_at: float) -> None:
         """The step is ours, as asked for then: it is executed when the tracer of the present one has ended."""
         deadline = asked_at + taking.lease
-        self._follow(StepGuard.taken(self.before.guard, self.step, taking, deadline, recorded.sent_at), recorded)
+        guard = StepGuard.taken(self.before.guard, self.step, taking, deadline, recorded.sent_at)
+        self._follow(taking.lease_token, guard, recorded)
 
     def hand_over(self, recorded: Recorded) -> None:
-        """The step is asked for, and executed if it is ours then, when the tracer of the present one has ended."""
-        self._follow(None, recorded)
+        """The step is asked for, and executed if it is ours then, when the present one is handed off."""
+        self._follow(new_token(), None, recorded)
 
-    def _follow(self, guard: StepGuard | None, recorded: Recorded) -> None:
+    def _follow(self, lease_token: UUID, guard: StepGuard | None, recorded: Recorded) -> None:
         ledger, message = self.before.guard.ledger, self.message
         content = message.content(message.options.get("serializer") or self.task.app.conf.task_serializer)
-        _stretch.following = Following(self.task, ledger, self.step, guard, self._request(recorded), content)
+        request = self._request(recorded)
+        _stretch.following = Following(self.task, ledger, self.step, lease_token, guard, request, content)
 
     def leave(self) -> None:
         """The step is not ours."""

@@ -22,7 +22,7 @@ from celery.exceptions import NotRegistered
 from kombu.exceptions import EncodeError
 
 from pgqrs_celery import execution, ids
-from pgqrs_celery.continuation import goes_on
+from pgqrs_celery.continuation import pass_on
 from pgqrs_celery.durability import signature_ids
 from pgqrs_celery.envelope import UNDOING, WAITER
 from pgqrs_celery.exceptions import NotDurable, StoreUnavailable
@@ -39,6 +39,8 @@ from pgqrs_celery.store.steps import BrokenHandOff
 __all__ = ["LedgerBackend", "error_text", "give_up_hand_off", "hand_off", "recorded_error", "revocation", "tell_waiter"]
 
 logger = logging.getLogger(__name__)
+
+HAND_OFF_REPEATED: Final = "the hand-off of task %s is repeated by a relay: %s"
 
 #: Errors of a hand-off that come again however often it is repeated.
 PERMANENT: Final = (TypeError, EncodeError, NotRegistered, NotDurable)
@@ -81,23 +83,22 @@ def tell_waiter(ledger: Ledger, request: Any) -> bool:
     return True
 
 
-def hand_off(ledger: Ledger, task_id: str, fence: int, *, last: bool = True) -> None:
+def hand_off(ledger: Ledger, task_id: str, fence: int) -> None:
     """Note that everything that follows from a finished step has happened, then close its run if it is quiet.
 
-    ``fence`` is that under which it was finished. Where the step is not the ``last``, because this thread goes on with
-    another one of the run, nobody needs to look. A database that does not answer is no error here: the relay finds the
-    step due and repeats the hand-off.
+    ``fence`` is that under which it was finished. A database that does not answer is no error here: the relay finds
+    the step due and repeats the hand-off.
     """
 
     def work(session: Session) -> None:
         workflow_id = steps.hand_off(session, task_id, fence=fence)
-        if workflow_id is not None and last:
+        if workflow_id is not None:
             runs.close_if_quiet(session, workflow_id)
 
     try:
         ledger.call(work, patience=ledger.settings.patience)
     except StoreUnavailable as error:
-        logger.warning("the hand-off of task %s is repeated by a relay: %s", task_id, error)
+        logger.warning(HAND_OFF_REPEATED, task_id, error)
 
 
 def give_up_hand_off(
@@ -172,7 +173,7 @@ class LedgerBackend:
             self._finish_jointly(self.bare, running, Outcome(task_id, state))
         elif running.phase is not Phase.LOST and self._flush(running, going_on=True):
             self.wrapped.mark_as_done(task_id, result, request, store_result, state)
-            hand_off(self.ledger, task_id, running.guard.fence, last=not goes_on())
+            self._hand_off(running)
 
     def _stores(self, store_result: bool) -> bool:
         """Return whether anything is stored of a task whose result is to be stored or not."""
@@ -183,6 +184,15 @@ class LedgerBackend:
         if running.phase is Phase.LOST or not self._flush(running):
             return False
         return tell_waiter(self.ledger, running.request)
+
+    def _hand_off(self, running: Execution) -> None:
+        """End a success' hand-off; where this thread goes on with what follows, it takes that with it."""
+        task_id, fence = running.guard.task_id, running.guard.fence
+        try:
+            if not pass_on(task_id, fence):
+                hand_off(self.ledger, task_id, fence)
+        except StoreUnavailable as error:
+            logger.warning(HAND_OFF_REPEATED, task_id, error)
 
     def _flush(self, running: Execution, *, going_on: bool = False) -> bool:
         """Commit a success and send (or take) what follows; False where that is left to others."""

@@ -78,14 +78,20 @@ class StepGuard:
 
     @classmethod
     def acquire(
-        cls, ledger: Ledger, task_id: str, *, generation: int = 0, adoption: Adoption | None = None
+        cls,
+        ledger: Ledger,
+        task_id: str,
+        *,
+        generation: int = 0,
+        adoption: Adoption | None = None,
+        lease_token: UUID | None = None,
     ) -> Decision:
-        """Ask for the right to execute a step.
+        """Ask for the right to execute a step, under a new token unless one was used for that before.
 
         Without ``adoption`` a missing row means that the step was recorded once and removed by retention: DONE.
         Raises ``StoreUnavailable`` where the database stays away longer than ``pgqrs_patience``.
         """
-        lease_token = new_token()
+        lease_token = lease_token or new_token()
         settings = ledger.settings
         began = time.monotonic()
 
@@ -126,6 +132,33 @@ class StepGuard:
             return Decision(verdict)
         guard = cls(ledger, task_id, lease_token, began + settings.lease, row)
         return Decision(verdict, guard, failed, row.output, row.error)
+
+    @classmethod
+    def passed_on(
+        cls, ledger: Ledger, finished_id: str, fence: int, step: NewStep, lease_token: UUID
+    ) -> StepGuard | None:
+        """End the hand-off of a step and take the next one.
+
+        None where that is not simply to be had: it is to be asked for with ``acquire``, under the same token.
+        """
+        lease, began = ledger.settings.lease, 0.0
+
+        def ask(session: Session) -> Acquired | None:
+            nonlocal began
+            began = time.monotonic()
+            return steps.pass_on(
+                session,
+                finished_id,
+                fence=fence,
+                task_id=step.task_id,
+                generation=step.generation,
+                lease_token=lease_token,
+                worker_id=ledger.worker_id,
+                lease=lease,
+            )
+
+        row = ledger.call(ask, patience=ledger.settings.patience)
+        return None if row is None else cls(ledger, step.task_id, lease_token, began + lease, row)
 
     @classmethod
     def taken(cls, before: StepGuard, step: NewStep, taking: Taking, deadline: float, at: datetime) -> StepGuard:

@@ -14,11 +14,12 @@ from pgqrs_celery.drafting import Drafter
 from pgqrs_celery.envelope import SENT
 from pgqrs_celery.exceptions import LeaseLost
 from pgqrs_celery.execution import Deferred, Execution, Phase
+from pgqrs_celery.guard import StepGuard
 from pgqrs_celery.ledger import Ledger
 from pgqrs_celery.mixture import await_links, refuse
 from pgqrs_celery.outgoing import Outgoing
 from pgqrs_celery.session import Session
-from pgqrs_celery.store import chords, recording, runs, steps, units
+from pgqrs_celery.store import chords, recording, results, runs, steps, units
 from pgqrs_celery.store.chords import Chord
 from pgqrs_celery.store.messages import Published
 from pgqrs_celery.store.recording import Finished, NewStep, Outcome, Recorded
@@ -87,15 +88,7 @@ class Recorder:
 
         def work(session: Session) -> list[Recorded]:
             published.clear()
-            entries = recording.record(
-                session,
-                deferred.rows,
-                workflow_id=guard.workflow_id,
-                app=ledger.app,
-                lease_token=guard.lease_token,
-                finished=finished,
-                durable=False,
-            )
+            entries = _commit(session, ledger, guard, deferred, finished)
             if any(entry.outcome is Outcome.LOST for entry in entries) and finished is not None:
                 # The answer of an earlier commit may have been lost: then the success is there, under our token.
                 return self._again(session, ledger, running, deferred)
@@ -107,7 +100,8 @@ class Recorder:
             return entries
 
         patience = max(ledger.settings.patience, ledger.settings.lease)
-        entries = ledger.call(work, patience=patience, transaction=bool(deferred.chords) or broker is not None)
+        publishing = broker is not None and following is None
+        entries = ledger.call(work, patience=patience, transaction=bool(deferred.chords) or publishing)
         if any(entry.outcome is Outcome.LOST for entry in entries):
             running.lose()
             return False
@@ -333,3 +327,28 @@ def _all_inside(messages: Sequence[Outgoing], running: Execution) -> bool:
 
 def _groups(messages: Sequence[Outgoing]) -> list[str]:
     return list(dict.fromkeys(str(m.headers["group"]) for m in messages if m.headers.get("group")))
+
+
+def _commit(
+    session: Session, ledger: Ledger, guard: StepGuard, deferred: Deferred, finished: Finished | None
+) -> list[Recorded]:
+    """Commit a success, if it is still to be committed, with the rows of what follows from it."""
+    if finished is not None and len(deferred.rows) == 1 and session.is_idle:  # the common form, in half the time
+        return units.finish(
+            session,
+            app=ledger.app,
+            lease_token=guard.lease_token,
+            output=finished.output,
+            outcome=results.Outcome(guard.task_id, "SUCCESS"),
+            following=deferred.rows[0],
+            hand_off=False,
+        ).recorded
+    return recording.record(
+        session,
+        deferred.rows,
+        workflow_id=guard.workflow_id,
+        app=ledger.app,
+        lease_token=guard.lease_token,
+        finished=finished,
+        durable=False,
+    )

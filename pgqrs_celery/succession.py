@@ -3,7 +3,7 @@
 With our own result backend in the ledger's database, or without results, one transaction is the whole unit of work:
 there the process *takes* the next step together with the success. With any other backend the result is still to be
 stored, which may take long. So the next step is recorded as if its message were sent, and handed to this process: it
-asks for the step when it gets there, and a relay sends the message when that takes too long.
+asks for the step when it hands the present one off, and a relay sends the message when that takes too long.
 """
 
 from __future__ import annotations

@@ -184,6 +184,7 @@ def perform(task: DurableTask, request: Any, args: Any, kwargs: Any) -> Any:
             request.id,
             generation=ids.generation(request.replaced_task_nesting, request.retries),
             adoption=None if request.get(SENT) else adoption(task, request, ledger),
+            lease_token=continuation.token_of(request),
         )
     except StoreUnavailable as error:
         logger.warning("task %s goes back to its queue: %s", request.id, error)

@@ -124,6 +124,36 @@ def acquire(
     return None if row is None else _acquired(row)
 
 
+def pass_on(
+    session: Session,
+    finished_id: str,
+    *,
+    fence: int,
+    task_id: str,
+    generation: int,
+    lease_token: UUID,
+    worker_id: UUID | None,
+    lease: float,
+) -> Acquired | None:
+    """End the hand-off of a successful step and take the next one; None where that is not simply to be had.
+
+    ``fence`` is that under which the step was finished. The hand-off is ended in any case.
+    """
+    row = session.quick_row(
+        "steps.pass_on",
+        {
+            "finished_id": finished_id,
+            "finished_fence": fence,
+            "task_id": task_id,
+            "generation": generation,
+            "lease_token": lease_token,
+            "worker_id": worker_id,
+            "lease": lease,
+        },
+    )
+    return None if row is None else _acquired(row)
+
+
 def _acquired(row: tuple[Any, ...]) -> Acquired:
     verdict, run, step, status, output, error, name, root, touch, generation, fence, attempt, lost, now = row
     return Acquired(

@@ -48,11 +48,13 @@ def finish(
     output: str,
     outcome: Outcome,
     following: NewStep | None,
-    message: NewMessage | None,
-    own_message_id: UUID | None,
+    message: NewMessage | None = None,
+    own_message_id: UUID | None = None,
+    hand_off: bool = True,
 ) -> Finish:
     """Commit a unit, tell who waits for its result, and close its run if that has ended.
 
+    Without ``hand_off`` the step stays open under its lease: its result is still to be stored elsewhere.
     Not inside a transaction: it ends one and begins others. A run that a function waits for is left to be closed.
     """
     params = {
@@ -62,6 +64,7 @@ def finish(
         "app": app,
         "lease_token": lease_token,
         "output": output,
+        "hand_off": hand_off,
         "own_message_id": own_message_id,
     }
     row = session.quick_row("units.finish", params)

@@ -9,8 +9,9 @@ import pytest
 from pgqrs_celery.store import recording, runs, steps, units
 from pgqrs_celery.store.payloads import Payload
 from pgqrs_celery.store.results import Outcome
+from pgqrs_celery.store.steps import Acquired
 from pgqrs_celery.store.units import Finish, Taking
-from tests.support.ledger import LEASE, MESSAGE, Ledger, Worker
+from tests.support.ledger import INTERVAL, LEASE, MESSAGE, Ledger, Worker
 
 WORKER = Worker()
 
@@ -124,3 +125,101 @@ def test_going_on_a_second_time_changes_nothing(ledger: Ledger) -> None:
     assert ledger.rows(workflow_id) == before
     # By this its owner knows that the answer to the first one was lost.
     assert steps.finished_as(ledger.session, "b", "RUNNING", taking.lease_token)
+
+
+# --- where the result is stored elsewhere, between the success and the hand-off
+
+
+def succeeded(ledger: Ledger) -> tuple[int, int]:
+    """Start a run whose first step has succeeded and is not handed off, with a second one; returns run and fence."""
+    workflow_id, token = begun(ledger)
+    finish = units.finish(
+        ledger.session,
+        app=ledger.app,
+        lease_token=token,
+        output="1",
+        outcome=Outcome("a", "SUCCESS"),
+        following=ledger.step("b"),
+        hand_off=False,
+    )
+    assert (finish.accepted, fates(finish)) == (True, ["SEND"])
+    return workflow_id, ledger.row("a").fence
+
+
+def pass_on(ledger: Ledger, fence: int, token: UUID | None = None) -> Acquired | None:
+    """End the hand-off of ``a`` and take ``b``."""
+    return steps.pass_on(
+        ledger.session,
+        "a",
+        fence=fence,
+        task_id="b",
+        generation=0,
+        lease_token=token or uuid4(),
+        worker_id=WORKER.worker_id,
+        lease=LEASE,
+    )
+
+
+def test_a_step_stays_open_under_its_lease_until_its_result_is_stored(ledger: Ledger) -> None:
+    succeeded(ledger)
+    done, following = ledger.row("a"), ledger.row("b")
+    assert (done.status, done.open, done.message, done.due) == ("SUCCESS", True, MESSAGE, LEASE)
+    assert (following.status, following.sent, following.due) == ("QUEUED", True, INTERVAL)
+    assert results(ledger) == []
+    ledger.advance(LEASE + 1)
+    assert sorted(step.task_id for step in ledger.claim()) == ["a", "b"]
+
+
+def test_the_next_step_is_taken_when_the_one_before_it_is_handed_off(ledger: Ledger) -> None:
+    _, fence = succeeded(ledger)
+    token = uuid4()
+    answer = pass_on(ledger, fence, token)
+    assert answer is not None
+    assert (answer.verdict, answer.step_id, answer.fence, answer.attempt) == ("EXECUTE", "b", 1, 1)
+    assert (ledger.row("a").open, ledger.row("a").message) == (False, None)
+    row = ledger.row("b")
+    assert (row.status, row.lease_token, row.worker_id, row.due) == ("RUNNING", token, WORKER.worker_id, LEASE)
+    # The answer may have been lost: then it is asked for under the same token.
+    assert pass_on(ledger, fence, token) is None
+    assert ledger.ask("b", token=token).verdict == "EXECUTE"
+    assert ledger.row("b").attempt == 1
+
+
+@pytest.mark.parametrize("why", ["taken", "paused", "cancelled"])
+def test_a_step_is_handed_off_also_where_the_next_one_is_not_to_be_had(ledger: Ledger, why: str) -> None:
+    workflow_id, fence = succeeded(ledger)
+    if why == "taken":
+        ledger.acquire("b", Worker())
+    elif why == "paused":
+        assert runs.pause(ledger.session, workflow_id)
+    else:
+        assert runs.cancel(ledger.session, workflow_id)
+    before = ledger.row("b")
+    assert pass_on(ledger, fence) is None
+    assert not ledger.row("a").open
+    assert ledger.row("b") == before
+
+
+def test_what_was_resumed_meanwhile_is_not_handed_off(ledger: Ledger) -> None:
+    _, fence = succeeded(ledger)
+    ledger.execute("UPDATE {schema}.pgqrs_workflow_steps SET fence = fence + 1 WHERE task_id = 'a'")
+    assert pass_on(ledger, fence) is not None
+    assert ledger.row("a").open
+
+
+def test_a_zombie_s_success_is_not_followed_where_its_result_is_elsewhere(ledger: Ledger) -> None:
+    workflow_id, zombie = begun(ledger)
+    ledger.advance(LEASE + 1)
+    ledger.acquire("a", Worker())
+    before = ledger.rows(workflow_id)
+    finish = units.finish(
+        ledger.session,
+        app=ledger.app,
+        lease_token=zombie,
+        output="1",
+        outcome=Outcome("a", "SUCCESS"),
+        following=ledger.step("b"),
+        hand_off=False,
+    )
+    assert (finish.accepted, fates(finish)) == (False, ["LOST"])
+    assert ledger.rows(workflow_id) == before

@@ -1,6 +1,6 @@
 -- finish: a step's success, the row and the message of what follows, its result, its hand-off and its own message's end.
 CALL {schema}.pgqrs_finish_step(
-  %(app)s, %(task_id)s, %(lease_token)s, %(output)s::json,
+  %(app)s, %(task_id)s, %(lease_token)s, %(output)s::json, %(hand_off)s::boolean,
   %(next_task)s, %(next_step)s, %(next_name)s, %(next_kind)s, %(next_generation)s::bigint, %(next_envelope)s::json,
   %(next_queue)s, %(next_delay)s::float8, %(next_sent)s::boolean,
   %(own_message_id)s::uuid, %(message_id)s::uuid, %(queue)s, %(priority)s::int, %(ttl)s::float8,

@@ -63,17 +63,19 @@ BEGIN
   END IF;
 END $$;
 
--- How both units of work begin: the step succeeds and is handed off, where the token is still its own; its own message
--- ends in any case. Returns the run, null where somebody else has the step.
+-- How both units of work begin: the step succeeds, where the token is still its own, and is handed off unless its result
+-- is still to be stored elsewhere; its own message ends in any case. Returns the run, null where somebody else has the
+-- step.
 CREATE FUNCTION {schema}.pgqrs_succeed(
-  the_task text, the_token uuid, the_output json, own_message uuid, moment timestamptz) RETURNS bigint
+  the_task text, the_token uuid, the_output json, hand_off boolean, own_message uuid, moment timestamptz) RETURNS bigint
 LANGUAGE plpgsql
 AS $$
 DECLARE
   the_run bigint;
 BEGIN
   UPDATE {schema}.pgqrs_workflow_steps
-     SET status = 'SUCCESS', output = the_output, error = NULL, open = false, due_at = NULL, message = NULL,
+     SET status = 'SUCCESS', output = the_output, error = NULL, open = NOT hand_off,
+         due_at = CASE WHEN NOT hand_off THEN due_at END, message = CASE WHEN NOT hand_off THEN message END,
          completed_at = moment, updated_at = moment
    WHERE task_id = the_task AND lease_token = the_token AND status IN ('RUNNING', 'QUEUED')
   RETURNING workflow_id INTO the_run;
@@ -107,7 +109,7 @@ END $$;
 -- Plain statements one after the other: each has a small plan of its own, which costs less to execute than one statement
 -- with a dozen parts, and what follows is passed as scalars, so nothing has to be parsed.
 CREATE PROCEDURE {schema}.pgqrs_finish_step(
-  the_app text, the_task text, the_token uuid, the_output json,
+  the_app text, the_task text, the_token uuid, the_output json, hand_off boolean,
   next_task text, next_step text, next_name text, next_kind text, next_generation bigint, next_envelope json,
   next_queue text, next_delay float8, next_sent boolean,
   own_message uuid, next_message uuid, message_queue text, next_priority int, next_ttl float8,
@@ -121,7 +123,7 @@ DECLARE
   the_run bigint;
 BEGIN
   recorded_at := extract(epoch FROM moment);
-  the_run := {schema}.pgqrs_succeed(the_task, the_token, the_output, own_message, moment);
+  the_run := {schema}.pgqrs_succeed(the_task, the_token, the_output, hand_off, own_message, moment);
   IF the_run IS NULL THEN
     RETURN;
   END IF;
@@ -149,7 +151,7 @@ BEGIN
     CALL {schema}.pgqrs_store_result(the_task, result_status, result_data, result_body, result_format, lifetime, true);
   END IF;
   COMMIT;  -- who waits does not wait for what follows
-  IF next_task IS NULL THEN
+  IF next_task IS NULL AND hand_off THEN
     CALL {schema}.pgqrs_close_if_quiet(the_run, quiet, closed);
   END IF;
 END $$;
@@ -171,7 +173,7 @@ DECLARE
   unpaused boolean;
 BEGIN
   recorded_at := extract(epoch FROM moment);
-  the_run := {schema}.pgqrs_succeed(the_task, the_token, the_output, own_message, moment);
+  the_run := {schema}.pgqrs_succeed(the_task, the_token, the_output, true, own_message, moment);
   IF the_run IS NULL THEN
     RETURN;
   END IF;
