@@ -167,17 +167,18 @@ def token_of(request: Any) -> UUID | None:
     return present.lease_token if present is not None and present.step.task_id == request.id else None
 
 
-def pass_on(finished_id: str, fence: int) -> bool:
-    """End the hand-off of a step and take the next one that was handed to this thread; False where none was.
+def pass_on(finished_id: str, fence: int) -> bool | None:
+    """End the hand-off of a step and take the next one that was handed to this thread.
 
-    Raises ``StoreUnavailable``.
+    None where none was, and nothing was done; False where somebody else may have the next one. Raises
+    ``StoreUnavailable``.
     """
     following = _stretch.following
     if following is None:
-        return False
+        return None
     guard = StepGuard.passed_on(following.ledger, finished_id, fence, following.step, following.lease_token)
     _stretch.following = replace(following, guard=guard)
-    return True
+    return guard is not None
 
 
 @dataclass(frozen=True, slots=True)

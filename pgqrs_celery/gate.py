@@ -187,12 +187,17 @@ class LedgerBackend:
 
     def _hand_off(self, running: Execution) -> None:
         """End a success' hand-off; where this thread goes on with what follows, it takes that with it."""
-        task_id, fence = running.guard.task_id, running.guard.fence
+        guard, settings = running.guard, self.ledger.settings
         try:
-            if not pass_on(task_id, fence):
-                hand_off(self.ledger, task_id, fence)
+            goes_on = pass_on(guard.task_id, guard.fence)
+            if goes_on is None:
+                hand_off(self.ledger, guard.task_id, guard.fence)
+            elif not goes_on:  # whoever has the next one may have looked in vain whether the run is quiet
+                self.ledger.call(
+                    lambda session: runs.close_if_quiet(session, guard.workflow_id), patience=settings.patience
+                )
         except StoreUnavailable as error:
-            logger.warning(HAND_OFF_REPEATED, task_id, error)
+            logger.warning(HAND_OFF_REPEATED, guard.task_id, error)
 
     def _flush(self, running: Execution, *, going_on: bool = False) -> bool:
         """Commit a success and send (or take) what follows; False where that is left to others."""

@@ -218,11 +218,14 @@ class StepGuard:
         return fence is not None
 
     def give_back(self) -> bool:
-        """Queue the step again, due at once; False where another owner has it."""
-        return self.ledger.call(
-            lambda session: steps.give_back(session, self.task_id, lease_token=self.lease_token),
-            patience=self.ledger.settings.patience,
-        )
+        """Queue the step again, due at once, and call a relay; False where another owner has it."""
+
+        def work(session: Session) -> bool:
+            given = steps.give_back(session, self.task_id, lease_token=self.lease_token)
+            runs.notify(session, self.ledger.channel)
+            return given
+
+        return self.ledger.call(work, patience=self.ledger.settings.patience)
 
     def drop(self, error: str) -> int | None:
         """Cancel the step because its body asked to be ignored; returns its run where it was ours to cancel."""

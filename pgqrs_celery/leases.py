@@ -107,10 +107,13 @@ class Keeper:
     def _held(self) -> list[Held]:
         """Return what this worker has: what it has received, and what its processes have gone on with.
 
-        What they are about to go on with is left out: a process that is kept from it must not keep it from others.
+        What one was handed and has not asked for is left out: if it is kept from that, others must have it.
         """
-        board = self.ledger.board
-        further = [entry.task_id for entry in board.entries() if entry.task_id] if board else []
+        entries = self.ledger.board.entries() if self.ledger.board else []
+        further = [entry.task_id for entry in entries if entry.task_id]
+        next_ids = [entry.next_id for entry in entries if entry.next_id]
+        if next_ids:
+            further += self.ledger.call(lambda session: [n for n in next_ids if _is_running(session, n)])
         return [*self.ledger.holdings.present(), *(Held(task_id, accepted=True) for task_id in further)]
 
     def _sign(self, worker_id: UUID, *, idle: bool) -> None:
@@ -129,3 +132,8 @@ class Keeper:
                 task_id,
             )
         self._reported = lost
+
+
+def _is_running(session: Session, task_id: str) -> bool:
+    found = steps.peek(session, task_id)
+    return found is not None and found.status == "RUNNING"

@@ -18,6 +18,7 @@ from pgqrs_celery.exceptions import StoreUnavailable
 from pgqrs_celery.leases import bereave
 from pgqrs_celery.ledger import Ledger
 from pgqrs_celery.session import Session
+from pgqrs_celery.store import steps
 
 __all__ = ["Permission"]
 
@@ -99,7 +100,10 @@ class Permission:
 
     def _make_due(self, entry: Entry, session: Session) -> None:
         for task_id in entry.task_ids:
-            bereave(session, self.ledger, task_id, pid=entry.pid)
+            found = steps.peek(session, task_id)
+            handed = found is not None and found.status == "QUEUED"  # to the process, which had not asked for it yet
+            generation = found.generation if found is not None and handed else None
+            bereave(session, self.ledger, task_id, pid=entry.pid, generation=generation, counted=not handed)
         logger.warning("process %d is gone; what it had gone on with is tried again: %s", entry.pid, entry.task_ids)
 
 

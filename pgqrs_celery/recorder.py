@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from uuid import UUID
 
 from celery import Celery
 
@@ -88,7 +89,8 @@ class Recorder:
 
         def work(session: Session) -> list[Recorded]:
             published.clear()
-            entries = _commit(session, ledger, guard, deferred, finished)
+            receiver = ledger.worker_id if following is not None else None
+            entries = _commit(session, ledger, guard, deferred, finished, receiver)
             if any(entry.outcome is Outcome.LOST for entry in entries) and finished is not None:
                 # The answer of an earlier commit may have been lost: then the success is there, under our token.
                 return self._again(session, ledger, running, deferred)
@@ -330,9 +332,17 @@ def _groups(messages: Sequence[Outgoing]) -> list[str]:
 
 
 def _commit(
-    session: Session, ledger: Ledger, guard: StepGuard, deferred: Deferred, finished: Finished | None
+    session: Session,
+    ledger: Ledger,
+    guard: StepGuard,
+    deferred: Deferred,
+    finished: Finished | None,
+    receiver: UUID | None,
 ) -> list[Recorded]:
-    """Commit a success, if it is still to be committed, with the rows of what follows from it."""
+    """Commit a success, if it is still to be committed, with the rows of what follows from it.
+
+    ``receiver`` is the worker that has what follows at hand, if it is not sent.
+    """
     if finished is not None and len(deferred.rows) == 1 and session.is_idle:  # the common form, in half the time
         return units.finish(
             session,
@@ -342,6 +352,7 @@ def _commit(
             outcome=results.Outcome(guard.task_id, "SUCCESS"),
             following=deferred.rows[0],
             hand_off=False,
+            next_worker=receiver,
         ).recorded
     return recording.record(
         session,

@@ -232,13 +232,14 @@ class Relay:
         remaining = _remaining(headers.get("expires"), step.now)
         if remaining is not None:
             options["expiration"] = remaining
+        held = step.sent_at is None and step.was in ("QUEUED", "PAUSED")
         message = Outgoing(
             producer=producer,
             name=envelope.name,
             headers=headers,
             properties=dict(envelope.properties),
             body=(args, kwargs, envelope.body[2]),
-            sent_event=self._event(headers, envelope.name) if step.sent_at is None else None,
+            sent_event=self._event(headers, envelope.name) if held else None,
             options={**options, "serializer": envelope.serializer, "retry": True, "retry_policy": ONCE},
         )
         self._publish(message, producer)

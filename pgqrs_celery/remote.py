@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Final
 
 from billiard.common import TERM_SIGNAME
 from celery.platforms import signals
@@ -27,6 +27,9 @@ from pgqrs_celery.store import runs, steps
 __all__ = ["RemoteControl"]
 
 logger = logging.getLogger(__name__)
+
+#: Greater than the generation of any message.
+ANY: Final = 2**62
 
 
 class RemoteControl:
@@ -94,7 +97,7 @@ class RemoteControl:
 
         def cancel(session: Session) -> None:
             # Due at once: a relay announces it to everybody who would have followed.
-            steps.revoke(session, task_id, error=revocation("terminated"), lease=0, generation=0, worker_id=worker_id)
+            steps.revoke(session, task_id, error=revocation("terminated"), lease=0, generation=ANY, worker_id=worker_id)
             runs.notify(session, ledger.channel)
 
         try:

@@ -217,7 +217,7 @@ def execute(
             raise Ignore("the retry was not recorded: another owner has the step, or its run was cancelled") from retry
         raise
     except Reject as reject:
-        rejected(task, request, ledger, running, reject)
+        rejected(task, request, running, reject)
     except Ignore:
         if running.phase is Phase.BODY:
             dropped(task, ledger, running)
@@ -302,7 +302,7 @@ def leave(task: DurableTask, request: Any, decision: Decision) -> NoReturn:
     raise Ignore(str(decision.verdict))
 
 
-def rejected(task: DurableTask, request: Any, ledger: Ledger, running: Execution, reject: Any) -> NoReturn:
+def rejected(task: DurableTask, request: Any, running: Execution, reject: Any) -> NoReturn:
     """The body rejected its message: back into the queue, or failed for good."""
     cause = reject.reason
     if isinstance(cause, StoreError):
@@ -311,7 +311,6 @@ def rejected(task: DurableTask, request: Any, ledger: Ledger, running: Execution
     elif running.phase is Phase.BODY and reject.requeue:
         running.guard.give_back()
         running.phase = Phase.SUPERSEDED
-        ledger.call(lambda session: runs.notify(session, ledger.channel))
     elif running.phase is Phase.BODY:
         task.backend.mark_as_failure(request.id, cause if isinstance(cause, BaseException) else reject, request=request)
     raise Ignore("rejected") from reject

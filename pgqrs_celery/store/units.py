@@ -51,10 +51,12 @@ def finish(
     message: NewMessage | None = None,
     own_message_id: UUID | None = None,
     hand_off: bool = True,
+    next_worker: UUID | None = None,
 ) -> Finish:
     """Commit a unit, tell who waits for its result, and close its run if that has ended.
 
-    Without ``hand_off`` the step stays open under its lease: its result is still to be stored elsewhere.
+    Without ``hand_off`` the step stays open under its lease: its result is still to be stored elsewhere. What follows
+    is noted as received by ``next_worker``, if there is one.
     Not inside a transaction: it ends one and begins others. A run that a function waits for is left to be closed.
     """
     params = {
@@ -65,6 +67,7 @@ def finish(
         "lease_token": lease_token,
         "output": output,
         "hand_off": hand_off,
+        "next_worker": next_worker,
         "own_message_id": own_message_id,
     }
     row = session.quick_row("units.finish", params)

@@ -305,6 +305,22 @@ def test_no_lease_is_waited_for_when_its_process_is_killed(scenario: Scenario, m
         fleet.expect({links[0].id: 1, links[1].id: 1 + (moment == "in its body"), links[2].id: 1})
 
 
+@pytest.mark.parametrize("victim", ["child", "worker"])
+def test_what_a_process_was_handed_is_not_waited_for_when_it_is_killed(
+    scenario: Scenario, redis_url: str, victim: Victim
+) -> None:
+    hour = {"pgqrs_lease": 3600.0, "pgqrs_resend_interval": 3600.0, "pgqrs_resend_interval_max": 3600.0}
+    with Fleet(scenario.using(None, redis_url).with_conf(**LOCAL, **hour)) as fleet:
+        links = abc(fleet)
+        with fleet.scenario.points.arm("after_next_link_before_result", links[0].id) as trap:
+            result = chain(*links).delay()
+            fleet.kill(victim, trap.wait())
+        assert result.get(timeout=PATIENCE) == ["a", "b", "c"]
+        assert fleet.application.celery.AsyncResult(links[0].id).get(timeout=PATIENCE) == ["a"]
+        assert [(s.attempt, s.lost) for s in fleet.ended(links[0].id).steps()] == [(1, 0)] * 3
+        fleet.expect({link.id: 1 for link in links})
+
+
 def test_a_link_that_ends_its_process_is_tried_again_without_waiting_for_a_lease(scenario: Scenario) -> None:
     with Fleet(scenario.with_conf(**LOCAL, pgqrs_lease=3600.0)) as fleet:
         tasks = fleet.tasks

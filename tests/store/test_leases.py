@@ -152,6 +152,9 @@ def test_a_step_whose_hand_off_has_failed_keeps_its_time_though_its_worker_still
     assert ledger.row("a") == before
     ledger.advance(LEASE / 3 + 1)
     assert [step.task_id for step in ledger.claim()] == ["a"]
+    # Now its message has been sent again, and may be waiting in this very worker.
+    renew(ledger, worker, "a")
+    assert ledger.row("a").due == LEASE
 
 
 @pytest.mark.parametrize("finish", [Ledger.succeed, Ledger.fail])

@@ -254,8 +254,7 @@ class Model:
         lost = set()
         for task_id in held:
             s = self.steps[task_id]
-            failed = s.status == "SUCCESS" and s.has_error  # its hand-off
-            given_up = s.token is None and s.due is not None and (s.due <= self.now or failed)
+            given_up = s.token is None and s.due is not None and (s.due <= self.now or not s.sent)
             handing_off = s.open and s.status in ("SUCCESS", "FAILED") and not given_up
             ours = s.worker == worker and (s.status == "RUNNING" or handing_off)
             received = s.status == "QUEUED" and s.sent
@@ -268,9 +267,10 @@ class Model:
     def release(self, worker: UUID) -> int:
         count = 0
         for s in self.steps.values():
-            if s.worker == worker and s.due is not None and s.status in ("RUNNING", "SUCCESS", "FAILED"):
+            received = s.status == "QUEUED" and s.sent
+            if s.worker == worker and s.due is not None and (received or s.status in ("RUNNING", "SUCCESS", "FAILED")):
                 count += 1
-                if s.status == "RUNNING":
+                if s.status in ("RUNNING", "QUEUED"):
                     s.queue(self.now, sent=False)
                 s.token, s.due = None, self.now
         return count

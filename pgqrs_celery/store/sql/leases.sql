@@ -1,6 +1,6 @@
 -- renew: extend the leases of what this worker holds (also of what it has only received, which is noted as its own), and
 -- say which of its running steps belong to others now. A finished step that has no token was given up, if it is due (the
--- process that was handing it off is gone) or has an error (its hand-off has failed): its time must stay as it is.
+-- process that was handing it off is gone) or not sent (its hand-off has failed): its time must stay as it is.
 WITH held AS MATERIALIZED (
   SELECT s.workflow_id, s.step_id, s.task_id, s.due_at, s.status
     FROM {schema}.pgqrs_workflow_steps s
@@ -9,7 +9,7 @@ WITH held AS MATERIALIZED (
           AND (s.status = 'RUNNING'
                OR s.open::int = 1 AND s.status IN ('SUCCESS', 'FAILED')
                   AND (s.lease_token IS NOT NULL
-                       OR s.due_at > {schema}.pgqrs_now() AND (s.status = 'FAILED' OR s.error IS NULL)))
+                       OR s.due_at > {schema}.pgqrs_now() AND s.sent_at IS NOT NULL))
           OR s.status = 'QUEUED' AND s.sent_at IS NOT NULL)
      FOR NO KEY UPDATE SKIP LOCKED
 ), renewed AS (
@@ -25,15 +25,15 @@ SELECT s.task_id
  WHERE s.task_id = ANY(%(task_ids)s)
    AND s.status = 'RUNNING' AND s.worker_id IS DISTINCT FROM %(worker_id)s;
 
--- release: a worker that stops gives everything back that it was executing, uncounted.
+-- release: a worker that stops gives everything back that it was executing, handing off or had at hand, uncounted.
 UPDATE {schema}.pgqrs_workflow_steps s
    SET status = CASE WHEN s.status = 'RUNNING' THEN 'QUEUED' ELSE s.status END,
-       worker_id = CASE WHEN s.status = 'RUNNING' THEN NULL ELSE s.worker_id END,
+       worker_id = CASE WHEN s.status IN ('RUNNING', 'QUEUED') THEN NULL ELSE s.worker_id END,
        lease_token = NULL,
-       sent_at = CASE WHEN s.status = 'RUNNING' THEN NULL ELSE s.sent_at END,
+       sent_at = CASE WHEN s.status IN ('RUNNING', 'QUEUED') THEN NULL ELSE s.sent_at END,
        due_at = {schema}.pgqrs_now(), updated_at = {schema}.pgqrs_now()
  WHERE s.app = %(app)s AND s.due_at > '-infinity' AND s.worker_id = %(worker_id)s
-   AND s.status IN ('RUNNING', 'SUCCESS', 'FAILED');
+   AND (s.status IN ('RUNNING', 'SUCCESS', 'FAILED') OR s.status = 'QUEUED' AND s.sent_at IS NOT NULL);
 
 -- requeue: what a stopping worker had received but not begun is due at once.
 UPDATE {schema}.pgqrs_workflow_steps s

@@ -208,7 +208,7 @@ SELECT workflow_id FROM {schema}.pgqrs_workflow_steps
 
 -- hand_off_failed: note why the hand-off of a successful step did not work; the relay counts the tries.
 UPDATE {schema}.pgqrs_workflow_steps
-   SET error = %(error)s::json, updated_at = {schema}.pgqrs_now(), lease_token = NULL,
+   SET error = %(error)s::json, updated_at = {schema}.pgqrs_now(), lease_token = NULL, sent_at = NULL,
        due_at = {schema}.pgqrs_now() + make_interval(secs => %(interval)s)
  WHERE task_id = %(task_id)s AND status = 'SUCCESS' AND open::int = 1 AND fence = %(fence)s
 RETURNING workflow_id, step_id, fence, handoffs + 1, output;

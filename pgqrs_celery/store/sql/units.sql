@@ -2,7 +2,7 @@
 CALL {schema}.pgqrs_finish_step(
   %(app)s, %(task_id)s, %(lease_token)s, %(output)s::json, %(hand_off)s::boolean,
   %(next_task)s, %(next_step)s, %(next_name)s, %(next_kind)s, %(next_generation)s::bigint, %(next_envelope)s::json,
-  %(next_queue)s, %(next_delay)s::float8, %(next_sent)s::boolean,
+  %(next_queue)s, %(next_delay)s::float8, %(next_sent)s::boolean, %(next_worker)s::uuid,
   %(own_message_id)s::uuid, %(message_id)s::uuid, %(queue)s, %(priority)s::int, %(ttl)s::float8,
   %(headers)s, %(properties)s, %(message_body)b::bytea,
   %(status)s, %(data)s::json, %(body)b::bytea, %(format)s, %(expires)s::float8,

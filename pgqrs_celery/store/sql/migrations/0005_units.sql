@@ -111,7 +111,7 @@ END $$;
 CREATE PROCEDURE {schema}.pgqrs_finish_step(
   the_app text, the_task text, the_token uuid, the_output json, hand_off boolean,
   next_task text, next_step text, next_name text, next_kind text, next_generation bigint, next_envelope json,
-  next_queue text, next_delay float8, next_sent boolean,
+  next_queue text, next_delay float8, next_sent boolean, next_worker uuid,
   own_message uuid, next_message uuid, message_queue text, next_priority int, next_ttl float8,
   next_headers text, next_properties text, next_body bytea,
   result_status text, result_data json, result_body bytea, result_format text, lifetime float8,
@@ -130,9 +130,10 @@ BEGIN
   SELECT w.status INTO run_status FROM {schema}.pgqrs_workflows w WHERE w.workflow_id = the_run;
   IF next_task IS NOT NULL AND run_status <> 'CANCELLED' THEN
     INSERT INTO {schema}.pgqrs_workflow_steps
-           (workflow_id, step_id, app, task_id, task_name, kind, status, open, generation, message, queue, due_at, sent_at)
+           (workflow_id, step_id, app, task_id, task_name, kind, status, open, generation, message, queue, due_at, sent_at,
+            worker_id)
     VALUES (the_run, next_step, the_app, next_task, next_name, next_kind, 'QUEUED', true, next_generation, next_envelope,
-            next_queue, moment + make_interval(secs => next_delay), CASE WHEN next_sent THEN moment END)
+            next_queue, moment + make_interval(secs => next_delay), CASE WHEN next_sent THEN moment END, next_worker)
         ON CONFLICT DO NOTHING;
     accepted := FOUND;
     IF NOT accepted THEN
