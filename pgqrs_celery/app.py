@@ -16,7 +16,7 @@ from pgqrs_celery import aliases, ids, inline, lending, urls
 from pgqrs_celery import envelope as envelopes
 from pgqrs_celery.codec import Codec
 from pgqrs_celery.completion import DurableChords
-from pgqrs_celery.conf import DSN_VARIABLE, PREFIX, Settings
+from pgqrs_celery.conf import DSN_VARIABLE, PREFIX, Settings, keys_of
 from pgqrs_celery.databases import database_for
 from pgqrs_celery.durability import BORROWED
 from pgqrs_celery.envelope import MARKER, Envelope
@@ -202,12 +202,14 @@ class Pgqrs:
     @cached_property
     def broker(self) -> Broker | None:
         """The broker where it is ours, else None."""
+        # Another thread may be in the middle of configuring the app, at its first use.
+        self._configure_broker()
         return own_broker(self.app)
 
     @cached_property
     def shared_broker(self) -> Broker | None:
         """The broker where it is ours and in the ledger's database, else None."""
-        return shared_broker(self.app, self.ledger)
+        return shared_broker(self.app, self.ledger) if self.broker is not None else None
 
     @cached_property
     def monitor(self) -> Monitor:
@@ -237,7 +239,7 @@ class Pgqrs:
     def _configure_broker(self, **_: Any) -> None:
         """Let our own broker use the app's ``pgqrs_`` settings where its URL does not say otherwise."""
         conf = self.app.conf
-        ours = {key: conf[key] for key in conf if str(key).startswith(PREFIX) and conf[key] is not None}
+        ours = {key: conf[key] for key in keys_of(conf) if key.startswith(PREFIX) and conf[key] is not None}
         if ours and self._broker_dsn() is not None:
             conf.broker_transport_options = {**ours, **(conf.broker_transport_options or {})}
 

@@ -30,7 +30,7 @@ from psycopg.conninfo import conninfo_to_dict
 
 from pgqrs_celery import urls
 from pgqrs_celery.chording import ChordMixin
-from pgqrs_celery.conf import PREFIX, Settings
+from pgqrs_celery.conf import PREFIX, Settings, keys_of
 from pgqrs_celery.databases import database_for
 from pgqrs_celery.encoding import pack, unpack
 from pgqrs_celery.exceptions import ConfigurationError, NotInstalled, StoreError, StoreUnavailable
@@ -82,7 +82,7 @@ class PostgresBackend(ChordMixin, Backend, AsyncBackendMixin):
         kwargs.setdefault("expires_type", float)
         super().__init__(app, url=url, **kwargs)
         address = readable(url or "")
-        conf = {key: app.conf[key] for key in app.conf if str(key).lower().startswith(PREFIX)}
+        conf = {key: app.conf[key] for key in keys_of(app.conf) if key.lower().startswith(PREFIX)}
         self.settings = Settings.read(conf | address.settings)
         self.namespace = self.settings.namespace or app.main or "celery"
         self.database = database_for(address.dsn, self.settings)

@@ -16,12 +16,15 @@ from typing import Any, Final
 
 from pgqrs_celery.exceptions import ConfigurationError
 
-__all__ = ["PREFIX", "Settings"]
+__all__ = ["PREFIX", "Settings", "keys_of"]
 
 PREFIX: Final = "pgqrs_"
 
 #: Environment variable with the DSN to use where no setting names one.
 DSN_VARIABLE: Final = "PGQRS_CELERY_DSN"
+
+#: How often a configuration may change while its keys are read.
+CHANGES: Final = 100
 
 Check = Callable[[Any], Any]
 
@@ -167,12 +170,22 @@ class Settings:
         return settings
 
 
+def keys_of(conf: Mapping[str, Any]) -> list[str]:
+    """Return the keys of a configuration, which another thread may be completing: Celery does that at its first use."""
+    for _ in range(CHANGES):
+        try:
+            return [str(key) for key in conf]
+        except RuntimeError:  # it has changed meanwhile
+            continue
+    return [str(key) for key in conf]
+
+
 def given(conf: Mapping[str, Any]) -> dict[str, str]:
     """Return the keys of a configuration that are settings of this package: as we spell them, and as they are spelt.
 
     Celery takes settings in capitals from Django, and behind a namespace that the application chose.
     """
-    keys = [str(key) for key in conf]  # first: a lazy configuration learns its namespace by being read
+    keys = keys_of(conf)  # first: a lazy configuration learns its namespace by being read
     namespace = str(getattr(conf, "prefix", None) or "").lower()
     names = {key.lower().removeprefix(namespace): key for key in keys}
     return {name: key for name, key in names.items() if name.startswith(PREFIX)}

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from celery import Celery
 
-from pgqrs_celery.conf import PREFIX, Settings
+from pgqrs_celery.conf import PREFIX, Settings, keys_of
 from pgqrs_celery.exceptions import ConfigurationError
 
 FIELDS = {f.name: f for f in dataclasses.fields(Settings)}
@@ -121,3 +122,20 @@ def test_a_misspelt_setting_is_found_in_every_spelling(namespace: str | None) ->
     key = f"{namespace}_PGQRS_LEESE" if namespace else "PGQRS_LEESE"
     with pytest.raises(ConfigurationError, match=rf"unknown setting {key}; did you mean pgqrs_lease\?"):
         Settings.read(configured(namespace, **{key: 7}))
+
+
+class Busy(dict[str, Any]):
+    """A configuration that another thread completes while its keys are read."""
+
+    def __iter__(self) -> Iterator[str]:
+        for key in super().__iter__():
+            yield key
+            self.setdefault("broker_transport_options", {})
+
+
+def test_a_configuration_may_be_completed_while_it_is_read() -> None:
+    assert keys_of(Busy(pgqrs_schema="jobs", task_serializer="json")) == [
+        "pgqrs_schema", "task_serializer", "broker_transport_options",
+    ]  # fmt: skip
+    settings = Settings.read(Busy(pgqrs_schema="jobs", task_serializer="json"))
+    assert settings.schema == "jobs"
