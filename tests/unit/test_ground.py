@@ -107,6 +107,12 @@ def test_every_statement_names_its_schema_and_says_what_it_does() -> None:
             assert f"{{schema}}.{table}" in text, f"{name}: {table} without its schema"
 
 
+def test_a_statement_may_be_part_of_another_of_its_file() -> None:
+    found = statements.sources()
+    assert found["steps.begin"] in found["steps.pass_on"]
+    assert "{accepted}" in found["results.store_with_part"]  # which is none: the code fills that in
+
+
 def test_every_placeholder_is_a_parameter() -> None:
     for name, text in statements.sources().items():
         assert not re.search(r"%(?!\(\w+\)[sbt])", text.replace("%%", "")), name

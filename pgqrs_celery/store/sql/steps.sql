@@ -14,24 +14,13 @@ RETURNING 'EXECUTE' AS verdict, s.workflow_id, s.step_id, 'QUEUED' AS status, NU
           w.name AS workflow_name, w.root_id, false AS touch, s.generation, s.fence, s.attempt, s.lost,
           extract(epoch FROM {schema}.pgqrs_now()) AS now;
 
--- pass_on: end a step's hand-off, and take the one that follows from it on the terms of begin, in one statement.
+-- pass_on: end a step's hand-off, and begin the one that follows from it, in one statement.
 WITH handed_off AS (
   UPDATE {schema}.pgqrs_workflow_steps f
      SET open = false, due_at = NULL, message = NULL, error = NULL, updated_at = {schema}.pgqrs_now()
    WHERE f.task_id = %(finished_id)s AND f.open::int = 1 AND f.status = 'SUCCESS' AND f.fence = %(finished_fence)s
 )
-UPDATE {schema}.pgqrs_workflow_steps s
-   SET status = 'RUNNING', fence = s.fence + 1, lease_token = %(lease_token)s, attempt = s.attempt + 1,
-       worker_id = %(worker_id)s, due_at = {schema}.pgqrs_now() + make_interval(secs => %(lease)s),
-       started_at = {schema}.pgqrs_now(), updated_at = {schema}.pgqrs_now()
-  FROM {schema}.pgqrs_workflows w, (SELECT set_config('synchronous_commit', 'off', true)) AS c
- WHERE s.task_id = %(task_id)s AND s.status = 'QUEUED' AND s.generation = %(generation)s AND s.undo IS NULL
-   AND w.workflow_id = s.workflow_id
-   AND CASE w.status WHEN 'RUNNING' THEN w.paused_at IS NULL
-                                         AND w.updated_at >= {schema}.pgqrs_now() - interval '1 minute' END
-RETURNING 'EXECUTE' AS verdict, s.workflow_id, s.step_id, 'QUEUED' AS status, NULL AS output, s.error,
-          w.name AS workflow_name, w.root_id, false AS touch, s.generation, s.fence, s.attempt, s.lost,
-          extract(epoch FROM {schema}.pgqrs_now()) AS now;
+{begin};
 
 -- acquire: ask for the right to execute a step; takes it where the verdict is EXECUTE.
 WITH step AS MATERIALIZED (
