@@ -23,7 +23,7 @@ from pgqrs_celery.envelope import MARKER, Envelope
 from pgqrs_celery.exceptions import ConfigurationError
 from pgqrs_celery.function import FunctionWorkflow, make_step, make_waits, make_workflow
 from pgqrs_celery.inline import InlineContext
-from pgqrs_celery.joint import own_broker, shared_broker, shares_ledger
+from pgqrs_celery.joint import own_broker, shares_ledger
 from pgqrs_celery.ledger import Ledger
 from pgqrs_celery.recorder import Recorder
 from pgqrs_celery.send import SendSeam
@@ -209,7 +209,8 @@ class Pgqrs:
     @cached_property
     def shared_broker(self) -> Broker | None:
         """The broker where it is ours and in the ledger's database, else None."""
-        return shared_broker(self.app, self.ledger) if self.broker is not None else None
+        broker = self.broker
+        return broker if broker is not None and broker.database is self.ledger.database else None
 
     @cached_property
     def monitor(self) -> Monitor:

@@ -1,9 +1,9 @@
 """Local continuation: the process that has finished a link of a chain goes on with the next one itself.
 
-A message between two links costs more than the link: it is inserted, claimed, given to a process of the pool, answered
-and deleted, and its step is asked for. Where ``pgqrs_local_continuation`` allows it, the unit of work that ends a step
-takes the next one in the same transaction, for the same process, and Celery's tracer is called again. For the ledger
-nothing is new: a step that is RUNNING under a lease, and goes to a relay like any other when its process dies.
+A message between two links costs more than the link: it is published, received, given to a process of the pool and
+acknowledged, and its step is asked for. Where ``pgqrs_local_continuation`` allows it, the process that ends a step has
+the next one, too (``succession`` says how), and Celery's tracer is called again. For the ledger nothing is new: a step
+that is RUNNING under a lease, and goes to a relay like any other when its process dies.
 
 The worker's main process hears of such a link on the ``board`` only. So what lives there must not concern it: no time
 limit, no rate limit, no other queue, priority, expiry or ETA; and nothing goes on while tasks are revoked or the worker
@@ -39,7 +39,7 @@ from pgqrs_celery.session import Session
 from pgqrs_celery.store.recording import NewStep, Recorded
 from pgqrs_celery.store.units import Taking
 
-__all__ = ["REQUEST", "Candidate", "candidate", "going_on", "guard_of", "pass_on", "token_of"]
+__all__ = ["REQUEST", "Candidate", "candidate", "following_of", "going_on", "pass_on"]
 
 logger = logging.getLogger(__name__)
 
@@ -155,16 +155,10 @@ def going_on(tracer: Callable[..., Any]) -> Callable[..., Any]:
     return trace
 
 
-def guard_of(request: Any) -> StepGuard | None:
-    """Return the guard of a step that was taken before its request was made."""
+def following_of(request: Any) -> Following | None:
+    """Return the step of a request where it was taken by, or handed to, this thread before its request was made."""
     present = _stretch.present
-    return present.guard if present is not None and present.step.task_id == request.id else None
-
-
-def token_of(request: Any) -> UUID | None:
-    """Return the token of a step that was handed to this thread before its request was made."""
-    present = _stretch.present
-    return present.lease_token if present is not None and present.step.task_id == request.id else None
+    return present if present is not None and present.step.task_id == request.id else None
 
 
 def pass_on(finished_id: str, fence: int) -> bool | None:
@@ -183,12 +177,11 @@ def pass_on(finished_id: str, fence: int) -> bool | None:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """What follows from a step that this process could go on with, as this incarnation of its worker."""
+    """What follows from a step that this process could go on with."""
 
     task: Any
     message: Outgoing
     step: NewStep
-    worker_id: UUID
     before: Execution
 
     def announce(self) -> None:
@@ -234,8 +227,8 @@ class Candidate:
 def candidate(running: Execution, message: Outgoing, step: NewStep, app: Any) -> Candidate | None:
     """Return what this process can go on with when it has finished a step, or None."""
     ledger, now = running.guard.ledger, time.monotonic()
-    board, worker_id = ledger.board, ledger.worker_id
-    if board is None or worker_id is None or _stretch.since is None or not board.permitted:
+    board = ledger.board
+    if board is None or ledger.worker_id is None or _stretch.since is None or not board.permitted:
         return None
     task = app.tasks.get(message.name)
     if now - _stretch.since >= ledger.settings.local_continuation or not _fits(task, message, step, running.request):
@@ -246,7 +239,7 @@ def candidate(running: Execution, message: Outgoing, step: NewStep, app: Any) ->
         _stretch.place = board.place(getattr(current_process(), "index", -1))
         if _stretch.place is None:
             return None
-    return Candidate(task, message, step, worker_id, running)
+    return Candidate(task, message, step, running)
 
 
 def _is_limited(request: Any, task: Any) -> bool:

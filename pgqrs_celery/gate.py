@@ -27,7 +27,7 @@ from pgqrs_celery.durability import signature_ids
 from pgqrs_celery.envelope import UNDOING, WAITER
 from pgqrs_celery.exceptions import NotDurable, StoreUnavailable
 from pgqrs_celery.execution import Execution, Phase
-from pgqrs_celery.joint import Joint, shared_broker
+from pgqrs_celery.joint import Joint, shares_ledger
 from pgqrs_celery.leases import bereave
 from pgqrs_celery.ledger import Ledger
 from pgqrs_celery.recorder import Recorder
@@ -134,10 +134,10 @@ class LedgerBackend:
         self.wrapped = wrapped
         self.ledger = ledger
         self.recorder = recorder
+        #: For what leaves no result anywhere.
+        self.bare = Joint(ledger, recorder.shared_broker())
         #: Set where results are stored in the ledger's own transactions.
-        self.joint = Joint.of(recorder.app, wrapped, ledger)
-        #: The same for what leaves no result anywhere.
-        self.bare = self.joint or Joint(ledger, shared_broker(recorder.app, ledger))
+        self.joint = self.bare if shares_ledger(wrapped, ledger) else None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.wrapped, name)
@@ -162,16 +162,17 @@ class LedgerBackend:
     ) -> None:
         """Store a success, then hand the step off."""
         running = execution.of_request(request)
-        if running is not None and request.get(WAITER) and not self._settle_and_tell(running):
-            return
         if running is None:
             self.wrapped.mark_as_done(task_id, result, request, store_result, state)
-        elif self.joint is not None and running.phase is not Phase.LOST:
+            return
+        if running.phase is Phase.LOST or (request.get(WAITER) and not self._settle_and_tell(running)):
+            return
+        if self.joint is not None:
             outcome = self.wrapped.outcome(task_id, result, state, request=request, store_result=store_result)
             self._finish_jointly(self.joint, running, outcome)
-        elif running.phase is not Phase.LOST and not request.chord and not self._stores(store_result):
+        elif not request.chord and not self._stores(store_result):
             self._finish_jointly(self.bare, running, Outcome(task_id, state))
-        elif running.phase is not Phase.LOST and self._flush(running, going_on=True):
+        elif self._flush(running, going_on=True):
             self.wrapped.mark_as_done(task_id, result, request, store_result, state)
             self._hand_off(running)
 
@@ -181,9 +182,7 @@ class LedgerBackend:
 
     def _settle_and_tell(self, running: Execution) -> bool:
         """Commit a success that a function waits for, and tell it; False where the rest is left to others."""
-        if running.phase is Phase.LOST or not self._flush(running):
-            return False
-        return tell_waiter(self.ledger, running.request)
+        return self._flush(running) and tell_waiter(self.ledger, running.request)
 
     def _hand_off(self, running: Execution) -> None:
         """End a success' hand-off; where this thread goes on with what follows, it takes that with it."""

@@ -166,11 +166,6 @@ class StepGuard:
         row = _first(step, before.workflow_id, before.workflow_name, before.root_id, at)
         return cls(before.ledger, step.task_id, taking.lease_token, deadline, row)
 
-    @property
-    def pid(self) -> int:
-        """The process that has the step."""
-        return self.lease_token.int & 0xFFFFFFFF
-
     def database_time(self) -> datetime:
         """Return the database's time as far as this process can know it: that of the acquire, plus what has passed."""
         elapsed = time.monotonic() - (self.deadline - self.ledger.settings.lease)

@@ -28,7 +28,7 @@ from pgqrs_celery.succession import successor, take
 from pgqrs_celery.transport import Transport
 from pgqrs_celery.transport.broker import Broker, broker_for
 
-__all__ = ["Joint", "own_broker", "shared_broker", "shares_ledger"]
+__all__ = ["Joint", "own_broker", "shares_ledger"]
 
 SENDING: Final = Recording.SEND
 
@@ -44,23 +44,12 @@ def own_broker(app: Celery) -> Broker | None:
         return broker_for(connection) if issubclass(connection.get_transport_cls(), Transport) else None
 
 
-def shared_broker(app: Celery, ledger: Ledger) -> Broker | None:
-    """Return the broker where it is ours and in the ledger's database and schema, else None."""
-    broker = own_broker(app)
-    return broker if broker is not None and broker.database is ledger.database else None
-
-
 @dataclass(frozen=True, slots=True)
 class Joint:
     """What shares the ledger's transactions: the result backend, and the broker where that is Postgres, too."""
 
     ledger: Ledger
     broker: Broker | None
-
-    @classmethod
-    def of(cls, app: Celery, backend: Any, ledger: Ledger) -> Joint | None:
-        """Return what shares the ledger's database, or None where the results are elsewhere."""
-        return cls(ledger, shared_broker(app, ledger)) if shares_ledger(backend, ledger) else None
 
     def finish(self, recorder: Recorder, running: Execution, outcome: Outcome) -> bool:
         """Commit a finished step and everything that follows from it, then send what is not sent by that.

@@ -101,9 +101,9 @@ class Permission:
     def _make_due(self, entry: Entry, session: Session) -> None:
         for task_id in entry.task_ids:
             found = steps.peek(session, task_id)
-            handed = found is not None and found.status == "QUEUED"  # to the process, which had not asked for it yet
-            generation = found.generation if found is not None and handed else None
-            bereave(session, self.ledger, task_id, pid=entry.pid, generation=generation, counted=not handed)
+            # Handed to the process, which had not asked for it yet.
+            generation = found.generation if found is not None and found.status == "QUEUED" else None
+            bereave(session, self.ledger, task_id, pid=entry.pid, generation=generation, counted=generation is None)
         logger.warning("process %d is gone; what it had gone on with is tried again: %s", entry.pid, entry.task_ids)
 
 

@@ -85,6 +85,7 @@ class Recorder:
         text, running.uncommitted = running.uncommitted, None
         guard, broker = running.guard, self.shared_broker()
         finished = Finished(guard.task_id, text) if text is not None else None
+        publishing = broker is not None and following is None
         published: list[Published] = []
 
         def work(session: Session) -> list[Recorded]:
@@ -96,13 +97,12 @@ class Recorder:
                 return self._again(session, ledger, running, deferred)
             for chord in deferred.chords:
                 chords.record(session, replace(chord, workflow_id=guard.workflow_id))
-            if broker is not None and following is None:
+            if publishing:
                 accepted = {entry.task_id: entry for entry in entries}
                 published.extend(self.dispatcher.publish_within(session, deferred.messages, accepted))
             return entries
 
         patience = max(ledger.settings.patience, ledger.settings.lease)
-        publishing = broker is not None and following is None
         entries = ledger.call(work, patience=patience, transaction=bool(deferred.chords) or publishing)
         if any(entry.outcome is Outcome.LOST for entry in entries):
             running.lose()

@@ -43,10 +43,7 @@ class Reporter:
 
     def _connect(self) -> None:
         self._connection = connect_once(self._app)
-        self._dispatcher = self._new_dispatcher()
-
-    def _new_dispatcher(self) -> Any:
-        return self._app.events.Dispatcher(
+        self._dispatcher: Any = self._app.events.Dispatcher(
             self._connection, self.hostname, buffer_while_offline=False, buffer_group=["task"], buffer_limit=1000
         )
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import datetime
 from uuid import UUID
 
 from celery import Celery, signals
@@ -54,7 +55,7 @@ def hand_over(dispatcher: Dispatcher, following: Candidate, entry: Recorded) -> 
     if entry.outcome is not Fate.SEND:
         following.leave()
         return False
-    report = _tell(dispatcher, following.message, entry)
+    report = _tell(dispatcher, following.message, entry.sent_at)
     following.hand_over(entry)
     if report is not None:
         report()
@@ -69,15 +70,14 @@ def take(
     *,
     outcome: Outcome,
     own_message_id: UUID | None,
-) -> bool:
-    """Commit a unit of work and take what follows; False where another owner has the step.
+) -> None:
+    """Commit a unit of work and take what follows, unless another owner has the step.
 
     Where the next step cannot be taken, it is sent by a relay.
     """
     output = running.uncommitted
     assert output is not None
-    entry = Recorded(following.step.task_id, Fate.SEND, running.guard.database_time())
-    report = _tell(dispatcher, following.message, entry)
+    report = _tell(dispatcher, following.message, running.guard.database_time())
     following.announce()
     token = new_token()
 
@@ -92,17 +92,16 @@ def take(
         following.leave()
     if not answer.accepted:
         running.lose()
-        return False
+        return
     if report is not None:
         report()
     dispatcher.announce_refused([following.message], {entry.task_id: entry for entry in answer.recorded})
-    return True
 
 
-def _tell(dispatcher: Dispatcher, message: Outgoing, entry: Recorded) -> Callable[[], None] | None:
+def _tell(dispatcher: Dispatcher, message: Outgoing, sent_at: datetime) -> Callable[[], None] | None:
     """Tell who hears of messages, though this one is not sent: he may have a say in it (in its headers, say)."""
     told = signals.before_task_publish.receivers or signals.after_task_publish.receivers
-    return dispatcher.tell(message, entry.sent_at) if told or message.sent_event else None
+    return dispatcher.tell(message, sent_at) if told or message.sent_event else None
 
 
 def _take(
@@ -116,8 +115,9 @@ def _take(
     token: UUID,
 ) -> Answer:
     guard, asked_at = running.guard, time.monotonic()
-    # Asked for each time: a worker that has lost its database is another incarnation afterwards.
-    taking = Taking(token, ledger.worker_id or following.worker_id, ledger.settings.lease)
+    worker_id = ledger.worker_id  # looked at each time: after an outage the worker is another incarnation
+    assert worker_id is not None
+    taking = Taking(token, worker_id, ledger.settings.lease)
     unit, taken = units.go_on(
         session,
         app=ledger.app,

@@ -175,16 +175,16 @@ def last_link(signature: Any) -> Any:
 def perform(task: DurableTask, request: Any, args: Any, kwargs: Any) -> Any:
     """Execute or replay one durable task in a worker; see the table above."""
     ledger = ledger_of(task.app)
-    guard = continuation.guard_of(request)
-    if guard is not None:
-        return execute(task, request, Execution(guard, Phase.BODY, request), args, kwargs)
+    following = continuation.following_of(request)
+    if following is not None and following.guard is not None:
+        return execute(task, request, Execution(following.guard, Phase.BODY, request), args, kwargs)
     try:
         decision = StepGuard.acquire(
             ledger,
             request.id,
             generation=ids.generation(request.replaced_task_nesting, request.retries),
             adoption=None if request.get(SENT) else adoption(task, request, ledger),
-            lease_token=continuation.token_of(request),
+            lease_token=following.lease_token if following is not None else None,
         )
     except StoreUnavailable as error:
         logger.warning("task %s goes back to its queue: %s", request.id, error)

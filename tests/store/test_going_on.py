@@ -130,10 +130,9 @@ def test_going_on_a_second_time_changes_nothing(ledger: Ledger) -> None:
 # --- where the result is stored elsewhere, between the success and the hand-off
 
 
-def succeeded(ledger: Ledger) -> tuple[int, int]:
-    """Start a run whose first step has succeeded and is not handed off, with a second one; returns run and fence."""
-    workflow_id, token = begun(ledger)
-    finish = units.finish(
+def succeed(ledger: Ledger, token: UUID) -> Finish:
+    """End ``a``, whose result is still to be stored, with ``b`` following."""
+    return units.finish(
         ledger.session,
         app=ledger.app,
         lease_token=token,
@@ -142,6 +141,12 @@ def succeeded(ledger: Ledger) -> tuple[int, int]:
         following=ledger.step("b"),
         hand_off=False,
     )
+
+
+def succeeded(ledger: Ledger) -> tuple[int, int]:
+    """Start a run whose first step has succeeded and is not handed off, with a second one; returns run and fence."""
+    workflow_id, token = begun(ledger)
+    finish = succeed(ledger, token)
     assert (finish.accepted, fates(finish)) == (True, ["SEND"])
     return workflow_id, ledger.row("a").fence
 
@@ -212,14 +217,6 @@ def test_a_zombie_s_success_is_not_followed_where_its_result_is_elsewhere(ledger
     ledger.advance(LEASE + 1)
     ledger.acquire("a", Worker())
     before = ledger.rows(workflow_id)
-    finish = units.finish(
-        ledger.session,
-        app=ledger.app,
-        lease_token=zombie,
-        output="1",
-        outcome=Outcome("a", "SUCCESS"),
-        following=ledger.step("b"),
-        hand_off=False,
-    )
+    finish = succeed(ledger, zombie)
     assert (finish.accepted, fates(finish)) == (False, ["LOST"])
     assert ledger.rows(workflow_id) == before
