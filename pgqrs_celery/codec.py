@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
 from kombu.exceptions import ContentDisallowed, DecodeError, EncodeError
@@ -30,6 +30,13 @@ WRAPPED: Final = '{"content_type":'
 MARK: Final = '"__type__"'
 LOOKALIKE: Final = frozenset({"__type__", "__value__"})
 
+#: How JSON writes values that are the same after they were written and read, and need no look at what is in them.
+PLAIN: Final[Mapping[type, Callable[[Any], str]]] = {
+    int: int.__repr__,
+    bool: {True: "true", False: "false"}.__getitem__,
+    type(None): lambda _: "null",
+}
+
 #: What kombu's serializer "json" makes for each value; here they are made once.
 ENCODER: Final = kombu_json.JSONEncoder()
 DECODER: Final = json.JSONDecoder(object_hook=kombu_json.object_hook)
@@ -46,7 +53,10 @@ class Codec:
     def dump(self, value: Any) -> str:
         """Return the value as JSON text; raises kombu's ``EncodeError`` where the serializer cannot write it."""
         if self.serializer == "json":
+            plain = PLAIN.get(type(value))
             try:
+                if plain is not None:
+                    return plain(value)
                 text = ENCODER.encode(value)
             except Exception as error:  # whatever a value's own __json__ or __repr__ raises, as kombu has it
                 raise EncodeError(error) from error
@@ -80,6 +90,10 @@ class Codec:
                 "Store the data elsewhere and return a key to it, or raise the limit; the step can then be resumed."
             )
         return text
+
+    def load_again(self, text: str, value: Any) -> Any:
+        """Return what ``load`` makes of the text that a value was just dumped as."""
+        return value if type(value) in PLAIN and self.serializer == "json" else self.load(text)
 
     def load(self, text: str | None) -> Any:
         """Return the value that was stored as this text; None for nothing.

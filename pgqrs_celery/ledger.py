@@ -38,6 +38,9 @@ class Values(Protocol):
     def load(self, text: str | None) -> Any:
         """Return the value that was stored as this text."""
 
+    def load_again(self, text: str, value: Any) -> Any:
+        """Return what ``load`` makes of the text that a value was just dumped as."""
+
 
 @dataclass(slots=True)
 class Ledger:

@@ -9,6 +9,12 @@ from pgqrs_celery.session import Session
 __all__ = ["Pool"]
 
 
+class Depths(threading.local):
+    """How many sessions each thread has been lent."""
+
+    depth = 0
+
+
 class Pool:
     """Idle sessions of one process, with so many places for those that are lent.
 
@@ -24,12 +30,12 @@ class Pool:
         self._free = size
         self._waiting = 0
         self._idle: list[Session] = []
-        #: How many sessions this thread has been lent.
-        self._depths = threading.local()
+        self._depths = Depths()
 
     def enter(self) -> tuple[Session | None, bool]:
         """Take a place, waiting for one where that is safe; returns an idle session, if any, and whether it has one."""
-        depth = getattr(self._depths, "depth", 0)
+        depths = self._depths
+        depth = depths.depth
         with self._lock:
             while self._free == 0 and depth == 0:
                 self._waiting += 1
@@ -41,13 +47,14 @@ class Pool:
             if placed:
                 self._free -= 1
             session = self._idle.pop() if self._idle else None
-        self._depths.depth = depth + 1
+        depths.depth = depth + 1
         return session, placed
 
     def leave(self, session: Session | None, *, placed: bool) -> None:
         """Give a place back, with a session for others if there is one to be used again."""
         depths = self._depths
-        depths.depth = max(0, getattr(depths, "depth", 0) - 1)  # 0 where another thread has taken it
+        if depths.depth:  # 0 where another thread has taken it
+            depths.depth -= 1
         with self._lock:
             if session is not None:
                 self._idle.append(session)

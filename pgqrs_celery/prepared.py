@@ -1,9 +1,9 @@
 """Prepared statements with as little as possible between the caller and libpq.
 
 psycopg's ``execute`` adapts parameters, parses the query and builds a cursor each time: about half of what a short
-statement costs a client. For the few statements that are executed at every step, parameters are passed as text (bytes
-as they are), the server knows their types, and the answer is left as it came. Signals, time limits and cooperative
-threads are served while it is waited for.
+statement costs a client. For the few statements that are executed at every step, parameters are passed as text (bytes,
+marked ``%(name)b``, as they are), the server knows their types, and the answer is left as it came. Signals, time limits
+and cooperative threads are served while it is waited for.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import select
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Final
@@ -27,7 +27,26 @@ __all__ = ["IDLE", "Prepared", "array", "bytea", "possible"]
 IDLE: Final = int(TransactionStatus.IDLE)
 ANSWERED: Final = (int(ExecStatus.TUPLES_OK), int(ExecStatus.COMMAND_OK))
 
-PARAMETER: Final = re.compile(r"%\((\w+)\)[sb]")
+PARAMETER: Final = re.compile(r"%\((\w+)\)([sb])")
+
+
+class Parameters(dict[type, Callable[[Any], bytes | None]]):
+    """How values of each type are sent: as text, or as the bytes they are."""
+
+    def __missing__(self, kind: type) -> Callable[[Any], bytes | None]:
+        self[kind] = found = str.encode if issubclass(kind, str) else _as_text
+        return found
+
+
+def _as_text(value: object) -> bytes:
+    return str(value).encode()
+
+
+def _as_it_is(value: bytes | None) -> bytes | None:
+    return value
+
+
+PARAMETERS: Final = Parameters({bytes: _as_it_is, type(None): _as_it_is})
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,14 +56,23 @@ class Statement:
     name: bytes
     text: bytes
     names: tuple[str, ...]
+    #: Where among them those are that are sent as text.
+    texts: tuple[int, ...]
+    #: The format of each, unless all are text.
+    formats: tuple[int, ...] | None
 
 
 @lru_cache(maxsize=64)
 def compiled(name: str, text: str) -> Statement:
     """Return a named statement with its parameters numbered."""
-    names = list(dict.fromkeys(PARAMETER.findall(text)))
+    formats = dict(PARAMETER.findall(text))
+    names = tuple(formats)
     numbered = PARAMETER.sub(lambda found: f"${names.index(found[1]) + 1}", text).replace("%%", "%")
-    return Statement(f"pgqrs_{name}".encode(), numbered.encode(), tuple(names))
+    texts = tuple(at for at, name in enumerate(names) if formats[name] == "s")
+    binary = tuple(Format.TEXT if at in texts else Format.BINARY for at in range(len(names)))
+    return Statement(
+        f"pgqrs_{name}".encode(), numbered.encode(), names, texts, binary if len(texts) < len(names) else None
+    )
 
 
 def possible(connection: psycopg.Connection[Any]) -> bool:
@@ -77,34 +105,23 @@ class Prepared:
         For an autocommit connection that is idle, and that nobody else uses. Raises psycopg's errors.
         """
         statement = compiled(name, text)
-        values: list[bytes | None] = []
-        formats: list[int] | None = None
-        for key in statement.names:
-            value = params[key]
-            if value is not None:
-                if isinstance(value, bytes):
-                    formats = formats or [Format.TEXT] * len(statement.names)
-                    formats[len(values)] = Format.BINARY
-                else:
-                    value = str(value).encode()
-                    if b"\0" in value:  # where libpq would end it
-                        raise psycopg.DataError("text for Postgres cannot contain NUL (0x00) characters")
-            values.append(value)
+        values = [PARAMETERS[type(value := params[key])](value) for key in statement.names]
+        for text_value in values if statement.formats is None else [values[at] for at in statement.texts]:
+            if text_value is not None and b"\0" in text_value:  # where libpq would end it
+                raise psycopg.DataError("text for Postgres cannot contain NUL (0x00) characters")
         try:
-            return self._executed(statement, values, formats)
+            return self._executed(statement, values)
         except psycopg.errors.InvalidSqlStatementName:
             # The driver deallocates all statements of a connection, not only its own, after a ROLLBACK or a DROP. The
             # others are noticed each in its turn: some may have been prepared since.
             self._names.discard(statement.name)
-            return self._executed(statement, values, formats)
+            return self._executed(statement, values)
 
-    def _executed(
-        self, statement: Statement, values: Sequence[bytes | None], formats: Sequence[int] | None
-    ) -> PGresult:
+    def _executed(self, statement: Statement, values: Sequence[bytes | None]) -> PGresult:
         if statement.name not in self._names:
             self._prepare(statement)
             self._names.add(statement.name)
-        self._pgconn.send_query_prepared(statement.name, values, formats)
+        self._pgconn.send_query_prepared(statement.name, values, statement.formats)
         result = self._answer()
         return result if result is not None and result.status in ANSWERED else self._checked(result)
 

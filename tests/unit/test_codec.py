@@ -61,6 +61,19 @@ def codec(serializer: str = "json", **options: Any) -> Codec:
     return Codec(serializer, ["json", "pickle", "yaml"], **options)
 
 
+@pytest.mark.parametrize("serializer", ["json", "pickle"])
+@pytest.mark.parametrize("value", [*VALUES, (1, 2), {1: 2}], ids=repr)
+def test_the_first_execution_sees_what_a_replay_will(value: Any, serializer: str) -> None:
+    text = codec(serializer).dump(value)
+    assert codec(serializer).load_again(text, value) == codec(serializer).load(text)
+    assert type(codec(serializer).load_again(text, value)) is type(codec(serializer).load(text))
+
+
+def test_a_number_that_python_does_not_write_is_refused() -> None:
+    with pytest.raises(ResultNotSerializable, match=r"s' returned a builtins\.int"):
+        codec().dump_result(10**5000, "s")
+
+
 @pytest.mark.parametrize("value", VALUES, ids=repr)
 def test_json_returns_what_it_was_given(value: Any) -> None:
     text = codec().dump(value)

@@ -30,6 +30,24 @@ def test_equal_arguments_have_equal_digests_and_others_do_not(one: object, other
         assert ids.digest(one) != ids.digest(other)
 
 
+arguments = st.lists(
+    values | st.sampled_from([1, 1.0, True, "1", None, "None", 0.0, -0.0, "\x00", "\ud800"]), max_size=3
+)
+
+
+@given(arguments, arguments)
+def test_calls_with_other_arguments_have_other_digests(one: list[object], other: list[object]) -> None:
+    assert ids.digest_of_call(one, {}) == ids.digest_of_call(tuple(one), {})
+    if repr(one) != repr(other) and one != other:
+        assert ids.digest_of_call(one, {}) != ids.digest_of_call(other, {})
+        assert ids.digest_of_call((), {"a": one}) != ids.digest_of_call((), {"a": other})
+
+
+def test_a_value_of_another_type_is_another_argument() -> None:
+    digests = {ids.digest_of_call([value], {}) for value in (1, 1.0, True, "1", "True", "1.0")}
+    assert len(digests) == 6
+
+
 def test_the_order_of_keys_does_not_matter() -> None:
     assert ids.digest({"a": 1, "b": 2}) == ids.digest({"b": 2, "a": 1})
     assert ids.digest({"b", "a", "c"}) == ids.digest({"c", "b", "a"})
