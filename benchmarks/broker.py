@@ -1,16 +1,20 @@
 """The broker: what a claim costs with a backlog, rates against Redis, what an idle worker costs, and what it leaves.
 
-    python -m benchmarks.broker [--rounds 3] [--tasks 3000] [--soak MINUTES] [--only backlog rates idle]
+    python -m benchmarks.broker [--rounds 3] [--tasks 3000] [--soak MINUTES] [--only backlog rates latency idle]
 
 Rates compare plain Celery tasks without results, on this broker and on Redis, in turns, with one worker of two pool
 processes; processor time per task is what tells most on a machine that is not quiet. Postgres writes to disk before it
 answers (fsync on), Redis does not.
+
+Latency is that of one task from ``delay()`` to its result, both sides in turns, once with pauses in which the worker
+comes to rest, and once with each task sent as soon as the last one's result is there.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
 import re
 import statistics
 import time
@@ -36,6 +40,9 @@ from pgqrs_celery.transport.keeper import WIRE_SETTINGS
 BODY: Final = b'[[1], {}, {"callbacks": null, "errbacks": null, "chain": null, "chord": null}]'
 HEADERS: Final = '{"lang": "py", "task": "increment", "id": "6af71d9c-c889-436a-9f25-f2103a4012f7"}'
 CLAIMS: Final = 500
+PARTS: Final = ("backlog", "rates", "latency", "idle")
+#: Seconds between two tasks whose latency is measured: a worker is at rest some 6 ms after its last one.
+PAUSES: Final = {"worker at rest": 0.03, "back to back": 0.0}
 STATEMENT: Final = re.compile(r"LOG:  (?:statement|execute [^:]*): ")
 
 
@@ -128,10 +135,10 @@ def buffers(session: Session) -> int:
     return int(plan["Plan"]["Shared Hit Blocks"]) + int(plan["Plan"]["Shared Read Blocks"])
 
 
-def sides(arena: Servers) -> list[Side]:
+def sides(arena: Servers, database: str) -> list[Side]:
     """Plain Celery on the two brokers."""
-    url = arena.redis.database_url(4)
-    ours = f"pgqrs+{arena.database('rates')}&pgqrs_auto_install=true"
+    url = arena.redis.database_url(PARTS.index(database))
+    ours = f"pgqrs+{arena.database(database)}&pgqrs_auto_install=true"
     return [Side("redis", "Redis", url, url), Side("ours", "Postgres", ours, ours)]
 
 
@@ -153,7 +160,7 @@ def rates(arena: Servers, rounds: int, tasks: int) -> None:
     """Send, work off a prepared queue, and a single task's way there and back."""
     figures: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     with ExitStack() as stack:
-        contestants = [Contestant(arena, side, concurrency=2) for side in sides(arena)]
+        contestants = [Contestant(arena, side, concurrency=2) for side in sides(arena, "rates")]
         for contestant in contestants:
             stack.callback(contestant.stop)
         for _ in range(rounds):
@@ -182,19 +189,47 @@ def measured(contestant: Contestant, tasks: int) -> dict[str, float]:
         pass
     through = tasks / (time.perf_counter() - began)
     usage = meter.stop()
-    latencies = []
-    for number in range(200):
-        start = time.perf_counter()
-        app.send_task("increment", (number,)).get(timeout=10, interval=0.001)
-        latencies.append((time.perf_counter() - start) * 1000)
     worker.terminate()
     contestant.workers.pop().stop()
     return {
         "sent one by one, tasks/s": sent,
         "sent and executed, tasks/s": through,
         "processor, ms per task": sum(usage.parts.values()) * 1000 / tasks,
-        "idle round trip with its result, ms": statistics.median(latencies),
     }
+
+
+def latency(arena: Servers, rounds: int) -> None:
+    """One task's way there and back, with the worker at rest before it, and with no pause at all."""
+    figures: dict[tuple[str, str], list[float]] = defaultdict(list)
+    with ExitStack() as stack:
+        contestants = [Contestant(arena, side, concurrency=2) for side in sides(arena, "latency")]
+        for contestant in contestants:
+            stack.callback(contestant.stop)
+            contestant.start_worker(f"w{uuid4().hex[:6]}")
+            contestant.app.send_task("increment", (0,)).get(timeout=60)
+            round_trips(contestant.app, 20)
+        for _ in range(10 * rounds):
+            for contestant in contestants:
+                for name, pause in PAUSES.items():
+                    figures[name, contestant.side.name] += round_trips(contestant.app, 20, pause)[1:]
+    for name in PAUSES:
+        print(f"\nRound trip of a task with its result, {name}, ms: median (tenth-ninetieth percentile)")
+        for side in ("redis", "ours"):
+            deciles = statistics.quantiles(figures[name, side], n=10)
+            print(f"  {side:<6} {deciles[4]:6.2f} ({deciles[0]:.2f}-{deciles[8]:.2f})")
+        ratio = statistics.median(figures[name, "ours"]) / statistics.median(figures[name, "redis"])
+        print(f"  ours/redis {ratio:4.2f}")
+
+
+def round_trips(app: Celery, count: int, pause: float = 0.0) -> list[float]:
+    """Send tasks, each when the last one's result is there and so many seconds (on average) have passed; in ms."""
+    times = []
+    for number in range(count):
+        time.sleep(random.uniform(0.5 * pause, 1.5 * pause))
+        began = time.perf_counter()
+        assert app.send_task("increment", (number,)).get(timeout=10, interval=0.001) == number + 1
+        times.append((time.perf_counter() - began) * 1000)
+    return times
 
 
 def idle(arena: Servers, seconds: float = 30.0) -> None:
@@ -275,7 +310,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tasks", type=int, default=3000)
     parser.add_argument("--soak", type=float, default=0, metavar="MINUTES")
-    parser.add_argument("--only", nargs="+", choices=("backlog", "rates", "idle"), default=("backlog", "rates", "idle"))
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     options = parser.parse_args()
     print(machine())
     with servers() as arena:
@@ -286,6 +321,8 @@ def main() -> None:
             backlog(arena)
         if "rates" in options.only:
             rates(arena, options.rounds, options.tasks)
+        if "latency" in options.only:
+            latency(arena, options.rounds)
         if "idle" in options.only:
             idle(arena)
 

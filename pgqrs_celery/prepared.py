@@ -30,8 +30,8 @@ ANSWERED: Final = (int(ExecStatus.TUPLES_OK), int(ExecStatus.COMMAND_OK))
 PARAMETER: Final = re.compile(r"%\((\w+)\)([sb])")
 
 
-class Parameters(dict[type, Callable[[Any], bytes | None]]):
-    """How values of each type are sent: as text, or as the bytes they are."""
+class Texts(dict[type, Callable[[Any], bytes | None]]):
+    """How values of each type are sent as text."""
 
     def __missing__(self, kind: type) -> Callable[[Any], bytes | None]:
         self[kind] = found = str.encode if issubclass(kind, str) else _as_text
@@ -46,18 +46,21 @@ def _as_it_is(value: bytes | None) -> bytes | None:
     return value
 
 
-PARAMETERS: Final = Parameters({bytes: _as_it_is, type(None): _as_it_is})
+def _refused(value: bytes) -> bytes:
+    raise TypeError(f"bytes are a parameter marked %(name)b, not %(name)s: {value[:40]!r}")
+
+
+TEXTS: Final = Texts({type(None): _as_it_is, bytes: _refused})
 
 
 @dataclass(frozen=True, slots=True)
 class Statement:
-    """A statement as the server takes it: numbered parameters, in the order of ``names``."""
+    """A statement as the server takes it: numbered parameters, first those that are text, then those that are bytes."""
 
     name: bytes
     text: bytes
-    names: tuple[str, ...]
-    #: Where among them those are that are sent as text.
-    texts: tuple[int, ...]
+    texts: tuple[str, ...]
+    bodies: tuple[str, ...]
     #: The format of each, unless all are text.
     formats: tuple[int, ...] | None
 
@@ -66,13 +69,12 @@ class Statement:
 def compiled(name: str, text: str) -> Statement:
     """Return a named statement with its parameters numbered."""
     formats = dict(PARAMETER.findall(text))
-    names = tuple(formats)
-    numbered = PARAMETER.sub(lambda found: f"${names.index(found[1]) + 1}", text).replace("%%", "%")
-    texts = tuple(at for at, name in enumerate(names) if formats[name] == "s")
-    binary = tuple(Format.TEXT if at in texts else Format.BINARY for at in range(len(names)))
-    return Statement(
-        f"pgqrs_{name}".encode(), numbered.encode(), names, texts, binary if len(texts) < len(names) else None
-    )
+    texts = tuple(key for key, mark in formats.items() if mark == "s")
+    bodies = tuple(key for key, mark in formats.items() if mark == "b")
+    keys = (*texts, *bodies)
+    numbered = PARAMETER.sub(lambda found: f"${keys.index(found[1]) + 1}", text).replace("%%", "%")
+    given = (Format.TEXT,) * len(texts) + (Format.BINARY,) * len(bodies)
+    return Statement(f"pgqrs_{name}".encode(), numbered.encode(), texts, bodies, given if bodies else None)
 
 
 def possible(connection: psycopg.Connection[Any]) -> bool:
@@ -105,10 +107,11 @@ class Prepared:
         For an autocommit connection that is idle, and that nobody else uses. Raises psycopg's errors.
         """
         statement = compiled(name, text)
-        values = [PARAMETERS[type(value := params[key])](value) for key in statement.names]
-        for text_value in values if statement.formats is None else [values[at] for at in statement.texts]:
+        values = [TEXTS[type(value := params[key])](value) for key in statement.texts]
+        for text_value in values:
             if text_value is not None and b"\0" in text_value:  # where libpq would end it
                 raise psycopg.DataError("text for Postgres cannot contain NUL (0x00) characters")
+        values += [params[key] for key in statement.bodies]
         try:
             return self._executed(statement, values)
         except psycopg.errors.InvalidSqlStatementName:

@@ -183,11 +183,17 @@ def cluster() -> Path:
 
 
 @pytest.fixture
-def own_postgres(cluster: Path, server_directory: Path) -> embedded.PostgresServer:
-    """A Postgres of the test's own, to be killed and restarted (some 300 ms)."""
+def own_data(cluster: Path, server_directory: Path) -> Path:
+    """The directory of a server of the test's own, with its data."""
     make_directory(server_directory, passable=True)
     subprocess.run(["cp", "-a", str(cluster), str(server_directory / "data")], check=True)
-    return embedded.postgres(server_directory, settings=POSTGRES_SETTINGS)
+    return server_directory
+
+
+@pytest.fixture
+def own_postgres(own_data: Path) -> embedded.PostgresServer:
+    """A Postgres of the test's own, to be killed and restarted (some 300 ms)."""
+    return embedded.postgres(own_data, settings=POSTGRES_SETTINGS)
 
 
 @pytest.fixture(scope="session")

@@ -40,7 +40,8 @@ def cancel(session: Session, channel: str, task_ids: Collection[str]) -> None:
 def wake_statement(final: bool) -> str:
     """Return the name of the statement that tells the waiters of a task (its only parameter is ``task_id``).
 
-    It belongs after the commit that stored the state, and can travel in the same network flush.
+    It belongs after the commit that stored the state, and can travel in the same network flush, but its own transaction
+    does not wait for the disk: nothing else belongs in it that has to be there.
     """
     return "waiters.wake" if final else "waiters.nudge"
 

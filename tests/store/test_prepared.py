@@ -58,6 +58,11 @@ def test_values_arrive_as_the_driver_would_send_them_inside_and_outside_a_transa
         assert session.quick_row("echo", VALUES | {"b": False})[1] == b"f"  # type: ignore[index]
 
 
+def test_bytes_are_not_taken_for_text(connection: psycopg.Connection[tuple[int]]) -> None:
+    with connection, pytest.raises(TypeError, match="bytes are a parameter marked"):
+        count_rows(connection, "echo", "SELECT %(f)s::bytea", {"f": b"\\x00"})
+
+
 def test_large_parameters_are_sent_whole(connection: psycopg.Connection[tuple[int]]) -> None:
     text = "SELECT 1 WHERE length(%(text)s::text) = 50000000"
     with connection:

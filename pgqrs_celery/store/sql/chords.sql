@@ -10,7 +10,7 @@ WITH again AS (
 )
 INSERT INTO {schema}.pgqrs_chords AS c
        (chord_id, app, workflow_id, body_id, data, body, format, size, expires_at)
-VALUES (%(chord_id)s, %(app)s, %(workflow_id)s, %(body_id)s, %(data)s::json, %(body)s::bytea, %(format)s, %(size)s,
+VALUES (%(chord_id)s, %(app)s, %(workflow_id)s, %(body_id)s, %(data)s::json, %(body)b::bytea, %(format)s, %(size)s,
         {schema}.pgqrs_now() + make_interval(secs => %(expires)s::float8))
     ON CONFLICT (chord_id) DO UPDATE
    SET body_id = excluded.body_id, data = excluded.data, body = excluded.body, format = excluded.format,

@@ -1,7 +1,7 @@
 -- post: insert one message for the queue that its routing key names, commit, and hand it to one who sleeps.
 CALL {schema}.pgqrs_put(%(message_id)s::uuid, %(routing_key)s, %(priority)s::int, %(visible_at)s::timestamptz,
-                        %(ttl)s::float8, %(headers)s, %(properties)s, %(body)s::bytea, %(wake)s::boolean,
-                        %(look_interval)s::float8, NULL);
+                        %(ttl)s::float8, %(headers)s, %(properties)s, %(body)b::bytea, %(wake)s::boolean,
+                        true, %(look_interval)s::float8, NULL);
 
 -- put: insert one message for the queue that its routing key names; reports as publish does.
 WITH place AS MATERIALIZED (
@@ -13,14 +13,14 @@ WITH place AS MATERIALIZED (
   INSERT INTO {schema}.pgqrs_messages
          (message_id, queue, priority, visible_at, expires_at, headers, properties, body)
   SELECT %(message_id)s::uuid, %(routing_key)s, %(priority)s::smallint, visible_at, expires_at,
-         %(headers)s, %(properties)s, %(body)s::bytea
+         %(headers)s, %(properties)s, %(body)b::bytea
     FROM place
    WHERE NOT volatile
       ON CONFLICT (message_id) DO NOTHING
 ), broadcast AS (
   INSERT INTO {schema}.pgqrs_broadcasts (message_id, queue, priority, expires_at, headers, properties, body)
   SELECT %(message_id)s::uuid, %(routing_key)s, %(priority)s::smallint, expires_at,
-         %(headers)s, %(properties)s, %(body)s::bytea
+         %(headers)s, %(properties)s, %(body)b::bytea
     FROM place
    WHERE volatile
       ON CONFLICT (message_id) DO NOTHING

@@ -1,6 +1,6 @@
 -- store: keep a result, unless the task already has a SUCCESS.
 INSERT INTO {schema}.pgqrs_task_results AS t (task_id, status, data, body, format, expires_at)
-VALUES (%(task_id)s, %(status)s, %(data)s::json, %(body)s::bytea, %(format)s,
+VALUES (%(task_id)s, %(status)s, %(data)s::json, %(body)b::bytea, %(format)s,
         {schema}.pgqrs_now() + make_interval(secs => %(expires)s::float8))
     ON CONFLICT (task_id) DO UPDATE
    SET status = excluded.status, data = excluded.data, body = excluded.body, format = excluded.format,
@@ -8,7 +8,7 @@ VALUES (%(task_id)s, %(status)s, %(data)s::json, %(body)s::bytea, %(format)s,
  WHERE t.status <> 'SUCCESS' OR t.expires_at <= {schema}.pgqrs_now();
 
 -- store_and_wake: keep a result, commit, then tell its waiters; not inside a transaction.
-CALL {schema}.pgqrs_store_result(%(task_id)s, %(status)s, %(data)s::json, %(body)s::bytea, %(format)s,
+CALL {schema}.pgqrs_store_result(%(task_id)s, %(status)s, %(data)s::json, %(body)b::bytea, %(format)s,
                                  %(expires)s::float8, %(final)s);
 
 -- store_with_part: keep a result and the chord part that goes with it, both or neither, where "accepted" has a row.
@@ -16,17 +16,17 @@ WITH accepted AS MATERIALIZED (
   {accepted}
 ), stored AS (
   INSERT INTO {schema}.pgqrs_task_results AS t (task_id, status, data, body, format, expires_at)
-  SELECT %(task_id)s, %(status)s, %(data)s::json, %(body)s::bytea, %(format)s,
+  SELECT %(task_id)s, %(status)s, %(data)s::json, %(body)b::bytea, %(format)s,
          {schema}.pgqrs_now() + make_interval(secs => %(expires)s::float8)
     FROM accepted
-   WHERE num_nonnulls(%(data)s::text, %(body)s::bytea) = 1
+   WHERE num_nonnulls(%(data)s::text, %(body)b::bytea) = 1
       ON CONFLICT (task_id) DO UPDATE
      SET status = excluded.status, data = excluded.data, body = excluded.body, format = excluded.format,
          stored_at = excluded.stored_at, expires_at = excluded.expires_at
    WHERE t.status <> 'SUCCESS' OR t.expires_at <= {schema}.pgqrs_now()
 ), part AS (
   INSERT INTO {schema}.pgqrs_chord_parts AS p (chord_id, idx, task_id, status, data, body, format, told)
-  SELECT c.chord_id, %(part_idx)s, %(task_id)s, %(part_status)s, %(part_data)s::json, %(part_body)s::bytea,
+  SELECT c.chord_id, %(part_idx)s, %(task_id)s, %(part_status)s, %(part_data)s::json, %(part_body)b::bytea,
          %(part_format)s, %(part_told)s::json
     FROM accepted, {schema}.pgqrs_chords c
    WHERE c.chord_id = %(chord_id)s AND c.dispatched_at IS NULL
@@ -66,7 +66,7 @@ DELETE FROM {schema}.pgqrs_task_results
 
 -- save_group: keep a GroupResult.
 INSERT INTO {schema}.pgqrs_groups (group_id, data, body, format, expires_at)
-VALUES (%(group_id)s, %(data)s::json, %(body)s::bytea, %(format)s,
+VALUES (%(group_id)s, %(data)s::json, %(body)b::bytea, %(format)s,
         {schema}.pgqrs_now() + make_interval(secs => %(expires)s::float8))
     ON CONFLICT (group_id) DO UPDATE
    SET data = excluded.data, body = excluded.body, format = excluded.format,

@@ -127,6 +127,7 @@ BEGIN
     RETURN;
   END IF;
   COMMIT;
+  PERFORM set_config('synchronous_commit', 'off', true);  -- the result is on disk; what follows is lost with its waiter
   note := the_task || chr(31) || CASE WHEN octet_length(the_data::text) + octet_length(the_task) < 7900
                                       THEN the_data::text ELSE '' END;
   IF final THEN

@@ -104,16 +104,19 @@ COMMENT ON COLUMN {schema}.pgqrs_consumers.nap IS 'how often it has fallen aslee
 --
 -- One message, one round trip: insert it, commit, and only then look who sleeps. The look needs a snapshot taken after the
 -- commit: a consumer that says it sleeps, and then looks once more, sees the message or is seen.
+-- Where somebody sleeps (in_early), he is handed the message while it is written to disk: the answer waits for that, and
+-- with it for everything before it, but the consumer need not. A crash in between takes the message back from both.
 -- A notification holds 7999 bytes at most, and behind a pooler (no lock) none arrives: such messages are claimed as ever.
 CREATE PROCEDURE {schema}.pgqrs_put(
   in_message_id uuid, in_queue text, in_priority integer, in_visible_at timestamptz, in_ttl double precision,
-  in_headers text, in_properties text, in_body bytea, in_wake boolean, in_look_interval double precision,
-  INOUT volatile boolean)
+  in_headers text, in_properties text, in_body bytea, in_wake boolean, in_early boolean,
+  in_look_interval double precision, INOUT volatile boolean)
 LANGUAGE plpgsql
 AS $$
 DECLARE
   waits_until timestamptz := CASE WHEN in_visible_at > {schema}.pgqrs_now() THEN in_visible_at END;
   ttl double precision;
+  early boolean;
   sleeper uuid;
   listens boolean;
   its_lease double precision;
@@ -133,6 +136,13 @@ BEGIN
             in_headers, in_properties, in_body)
         ON CONFLICT (message_id) DO NOTHING;
   END IF;
+  early := in_early AND in_wake AND volatile IS NOT TRUE AND waits_until IS NULL
+       AND current_setting('synchronous_commit') <> 'off'
+       AND EXISTS (SELECT FROM {schema}.pgqrs_consumers c
+                    WHERE c.asleep AND in_queue = ANY(c.queues) AND c.dead_at IS NULL);
+  IF early THEN
+    PERFORM set_config('synchronous_commit', 'off', true);
+  END IF;
   COMMIT;
   IF NOT in_wake THEN
     RETURN;
@@ -150,24 +160,27 @@ BEGIN
   SELECT s.consumer_id, c.lock_key IS NOT NULL, c.lease, c.nap
     INTO sleeper, listens, its_lease, its_nap
     FROM {schema}.pgqrs_rouse(in_queue, 1) AS s JOIN {schema}.pgqrs_consumers c USING (consumer_id);
-  IF sleeper IS NULL THEN
-    RETURN;
+  IF sleeper IS NOT NULL THEN
+    IF listens AND octet_length(in_queue) + octet_length(in_headers) + octet_length(in_properties)
+       + octet_length(in_body) / 54 * 73 + 300 < 7999 AND strpos(in_queue, chr(31)) = 0 THEN
+      UPDATE {schema}.pgqrs_messages m
+         SET leased_until = {schema}.pgqrs_now() + make_interval(secs => its_lease), leased_by = sleeper,
+             deliveries = m.deliveries + 1
+        FROM (SELECT c.message_id
+                FROM {schema}.pgqrs_messages c
+               WHERE c.message_id = in_message_id AND c.visible_at IS NULL AND c.leased_by IS NULL
+                 FOR NO KEY UPDATE SKIP LOCKED) AS free
+       WHERE m.message_id = free.message_id
+      RETURNING concat_ws(chr(31), its_nap, m.message_id, m.position, m.queue, m.priority, m.deliveries, m.lost,
+                          m.headers, m.properties, encode(m.body, 'base64'))
+        INTO handed;
+    END IF;
+    PERFORM pg_notify('pgqrs_' || replace(sleeper::text, '-', ''), coalesce(handed, 'ready'));
   END IF;
-  IF listens AND octet_length(in_queue) + octet_length(in_headers) + octet_length(in_properties)
-     + octet_length(in_body) / 54 * 73 + 300 < 7999 AND strpos(in_queue, chr(31)) = 0 THEN
-    UPDATE {schema}.pgqrs_messages m
-       SET leased_until = {schema}.pgqrs_now() + make_interval(secs => its_lease), leased_by = sleeper,
-           deliveries = m.deliveries + 1
-      FROM (SELECT c.message_id
-              FROM {schema}.pgqrs_messages c
-             WHERE c.message_id = in_message_id AND c.visible_at IS NULL AND c.leased_by IS NULL
-               FOR NO KEY UPDATE SKIP LOCKED) AS free
-     WHERE m.message_id = free.message_id
-    RETURNING concat_ws(chr(31), its_nap, m.message_id, m.position, m.queue, m.priority, m.deliveries, m.lost,
-                        m.headers, m.properties, encode(m.body, 'base64'))
-      INTO handed;
+  IF early THEN
+    COMMIT;
+    PERFORM pg_logical_emit_message(true, 'pgqrs', '');  -- the least that is on disk only after everything before it
   END IF;
-  PERFORM pg_notify('pgqrs_' || replace(sleeper::text, '-', ''), coalesce(handed, 'ready'));
 END $$;
 
 -- Up to so many sleepers of a queue, not asleep any more.

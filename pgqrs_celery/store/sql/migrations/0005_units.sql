@@ -209,7 +209,7 @@ BEGIN
 END $$;
 
 -- A new run in its common form, one step with one message for our own broker, is one round trip: run, step and message in
--- one transaction, which then goes on to hand the message to a consumer that sleeps (pgqrs_put).
+-- one transaction, which then goes on to hand the message to a consumer that sleeps (pgqrs_put), once it is on disk.
 -- Does nothing where the root id is taken (the_run stays null). The moment of recording is added to the message's headers
 -- under the name sent_header.
 CREATE PROCEDURE {schema}.pgqrs_start(
@@ -239,6 +239,6 @@ BEGIN
   headers := format('{%s:%s,%s', to_json(sent_header),
                     to_json(to_char(moment AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"+00:00"')),
                     substr(headers, 2));
-  CALL {schema}.pgqrs_put(message, message_queue, priority, NULL, ttl, headers, properties, body, wake, look_interval,
-                          volatile);
+  CALL {schema}.pgqrs_put(message, message_queue, priority, NULL, ttl, headers, properties, body, wake, false,
+                          look_interval, volatile);
 END $$;
