@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, Final
 
 from kombu.exceptions import ContentDisallowed, DecodeError, EncodeError
@@ -20,6 +20,7 @@ from kombu.serialization import dumps, loads, prepare_accept_content
 from kombu.utils import json as kombu_json
 
 from pgqrs_celery.exceptions import ResultNotSerializable, ResultTooLarge, StepError
+from pgqrs_celery.plain import PLAIN
 
 __all__ = ["Codec"]
 
@@ -29,13 +30,6 @@ WRAPPED: Final = '{"content_type":'
 #: How kombu writes what JSON does not know: ``{"__type__": "decimal", "__value__": "1.10"}``.
 MARK: Final = '"__type__"'
 LOOKALIKE: Final = frozenset({"__type__", "__value__"})
-
-#: How JSON writes values that are the same after they were written and read, and need no look at what is in them.
-PLAIN: Final[Mapping[type, Callable[[Any], str]]] = {
-    int: int.__repr__,
-    bool: {True: "true", False: "false"}.__getitem__,
-    type(None): lambda _: "null",
-}
 
 #: What kombu's serializer "json" makes for each value; here they are made once.
 ENCODER: Final = kombu_json.JSONEncoder()

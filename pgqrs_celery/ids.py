@@ -15,6 +15,8 @@ from typing import Any, Final
 from urllib.parse import unquote
 from uuid import UUID, uuid5
 
+from pgqrs_celery.plain import PLAIN
+
 __all__ = [
     "call_id",
     "child_id",
@@ -33,9 +35,6 @@ NAMESPACE: Final = UUID("6f7c1c5e-0f0b-5d53-9a53-7d2b0a9c1e44")
 
 #: Characters of the task id in a step id: with 8, a group of 10 000 would collide about once in 90 runs.
 SUFFIX: Final = 12
-
-#: Types whose ``ascii`` says exactly what a value is, in every version of Python.
-PLAIN: Final = frozenset({int, str, bool, float, type(None)})
 
 OBJECT_ADDRESS: Final = re.compile(r" at 0x[0-9a-f]+")
 
@@ -76,9 +75,11 @@ def call_id(owner: str, step_id: str) -> str:
 
 
 def digest_of_call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
-    """Return a digest of a call's arguments; the short way for the few plain values that most calls have."""
-    if not kwargs and PLAIN.issuperset(map(type, args)):
-        return _hash(ascii(tuple(args)))
+    """Return ``digest([args, kwargs])``; a short way there for the few plain values that most calls have."""
+    if not kwargs:
+        written = [_WRITE[type(value)](value) for value in args if type(value) in _WRITE]
+        if len(written) == len(args):
+            return _hash(f"[[{', '.join(written)}], {{}}]")
     return digest([args, kwargs])
 
 
@@ -110,6 +111,7 @@ def _plain(value: Any) -> Any:
 
 
 _sorted: Final = json.JSONEncoder(sort_keys=True, default=_plain)
+_WRITE: Final = {**PLAIN, str: _sorted.encode}
 
 
 def child_id(parent_task_id: str, name: str, arguments: Any, nth: int) -> str:

@@ -9,12 +9,6 @@ from pgqrs_celery.session import Session
 __all__ = ["Pool"]
 
 
-class Depths(threading.local):
-    """How many sessions each thread has been lent."""
-
-    depth = 0
-
-
 class Pool:
     """Idle sessions of one process, with so many places for those that are lent.
 
@@ -30,12 +24,13 @@ class Pool:
         self._free = size
         self._waiting = 0
         self._idle: list[Session] = []
-        self._depths = Depths()
+        #: How many sessions this thread has been lent.
+        self._depths = threading.local()
 
     def enter(self) -> tuple[Session | None, bool]:
         """Take a place, waiting for one where that is safe; returns an idle session, if any, and whether it has one."""
         depths = self._depths
-        depth = depths.depth
+        depth = getattr(depths, "depth", 0)
         with self._lock:
             while self._free == 0 and depth == 0:
                 self._waiting += 1
@@ -53,8 +48,7 @@ class Pool:
     def leave(self, session: Session | None, *, placed: bool) -> None:
         """Give a place back, with a session for others if there is one to be used again."""
         depths = self._depths
-        if depths.depth:  # 0 where another thread has taken it
-            depths.depth -= 1
+        depths.depth = max(0, getattr(depths, "depth", 0) - 1)  # 0 where another thread has taken it
         with self._lock:
             if session is not None:
                 self._idle.append(session)

@@ -69,6 +69,7 @@ class Statement:
 def compiled(name: str, text: str) -> Statement:
     """Return a named statement with its parameters numbered."""
     formats = dict(PARAMETER.findall(text))
+    assert len(formats) == len(set(PARAMETER.findall(text))), f"{name}: a parameter is text, or it is bytes"
     texts = tuple(key for key, mark in formats.items() if mark == "s")
     bodies = tuple(key for key, mark in formats.items() if mark == "b")
     keys = (*texts, *bodies)

@@ -267,6 +267,8 @@ class Receiver:
         """Take a message that was leased to us by its publisher, because we slept."""
         message = given.claimed
         self.sleep.found(given.nap)
+        if message.message_id in self.held or message.message_id in self._done:
+            return  # sent again, after a crash of the server that has taken it back from its sender, but not from us
         owner = next((a for a in self._appetites if message.queue in a.subscriber.queues), None)
         if owner is None or self._room(owner)[0] == 0:
             self.refuse([message])

@@ -11,6 +11,7 @@ import pytest
 from celery import Celery
 
 from pgqrs_celery.db import Database
+from pgqrs_celery.store.messages import Handed
 from pgqrs_celery.transport import keeper
 from pgqrs_celery.transport.bell import MOST_QUEUES, NEWS, Bell
 from pgqrs_celery.transport.sleep import Sleep
@@ -91,6 +92,24 @@ def test_a_consumer_that_was_found_before_it_knew_that_it_slept_does_not_take_it
     sleep.begin()
     sleep.began()
     assert sleep.is_known
+
+
+def test_a_message_that_is_handed_over_again_while_it_is_in_hand_is_one(
+    ears: Callable[[], kombu.Connection], client: Celery, database: Database
+) -> None:
+    """A crash of the server can take a message back from its sender, who sends it again, but not from its consumer."""
+    connection, got = ears(), list[Any]()
+    with connection.Consumer([kombu.Queue("celery")], on_message=got.append, accept=["json"]):
+        for number in (1, 2):
+            wait_for(lambda: asleep(database, connection), what="the consumer to sleep")
+            client.send_task("t", (number,))
+            if number == 1:
+                connection.drain_events(timeout=20)
+                receiver = connection.transport.receiver
+                (given,) = receiver.held.values()
+                receiver._take(Handed(receiver.sleep._nap, given.claimed))
+        connection.drain_events(timeout=20)
+    assert [message.payload[0] for message in got] == [[1], [2]]
 
 
 def test_a_message_that_is_published_while_a_sleeper_says_that_it_lives_is_found(

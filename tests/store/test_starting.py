@@ -150,3 +150,33 @@ def test_nobody_is_handed_what_is_to_be_on_disk_before(stuck: Callable[[bool], L
     if durable:
         (note,) = listener.connection.notifies(timeout=30, stop_after=1)
         assert handed(note.payload) is not None
+
+
+@pytest.mark.parametrize("how", ["alone", "with its transaction", "in a batch"])
+def test_a_message_that_is_sent_again_is_not_accepted_before_it_is_on_disk(
+    stuck: Callable[[bool], Ledger], how: str
+) -> None:
+    """The connection is lost while its first sender waits; by now the consumer may be awake, and has the message."""
+    ledger = stuck(False)
+    _, listener = sleeping(ledger)
+    first, second, new = ledger.connect(), ledger.connect(), message()
+    stuck(True)
+    sent = ledger.in_thread(lambda: messages.post(first, new, wake=True))
+    next(listener.connection.notifies(timeout=30, stop_after=1))
+    wait_for(lambda: waits_for_disk(ledger), what="the sender to wait for the disk")
+
+    def send_again() -> None:
+        if how == "alone":
+            messages.post(second, new, wake=True)
+        else:
+            second.run(*messages.insertion([new] if how == "with its transaction" else [new, new]))
+
+    again = ledger.in_thread(send_again)
+    pid = second.connection.info.backend_pid
+    waiting = "SELECT wait_event FROM pg_stat_activity WHERE pid = %s"
+    wait_for(lambda: again.done() or ledger.execute(waiting, [pid]) == [("SyncRep",)], what="it to wait, too")
+    assert not again.done()
+    stuck(False)
+    sent.result(30)
+    again.result(30)
+    assert len(messages_of(ledger)) == 1

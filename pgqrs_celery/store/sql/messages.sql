@@ -3,7 +3,8 @@ CALL {schema}.pgqrs_put(%(message_id)s::uuid, %(routing_key)s, %(priority)s::int
                         %(ttl)s::float8, %(headers)s, %(properties)s, %(body)b::bytea, %(wake)s::boolean,
                         true, %(look_interval)s::float8, NULL);
 
--- put: insert one message for the queue that its routing key names; reports as publish does.
+-- put: insert one message for the queue that its routing key names; reports as publish does. A message that is there
+-- already, because it is sent again, need not be on disk yet: something else is written that waits for it.
 WITH place AS MATERIALIZED (
   SELECT coalesce(q.volatile, false) AS volatile,
          CASE WHEN %(visible_at)s::timestamptz > {schema}.pgqrs_now() THEN %(visible_at)s::timestamptz END AS visible_at,
@@ -17,6 +18,9 @@ WITH place AS MATERIALIZED (
     FROM place
    WHERE NOT volatile
       ON CONFLICT (message_id) DO NOTHING
+  RETURNING true
+), again AS (
+  SELECT pg_logical_emit_message(true, 'pgqrs', '') FROM place WHERE NOT volatile AND NOT EXISTS (SELECT FROM kept)
 ), broadcast AS (
   INSERT INTO {schema}.pgqrs_broadcasts (message_id, queue, priority, expires_at, headers, properties, body)
   SELECT %(message_id)s::uuid, %(routing_key)s, %(priority)s::smallint, expires_at,
@@ -27,7 +31,7 @@ WITH place AS MATERIALIZED (
 )
 SELECT %(routing_key)s::text AS queue, volatile, (visible_at IS NULL AND NOT volatile)::int AS ready,
        extract(epoch FROM visible_at - {schema}.pgqrs_now())::float8 AS due_in
-  FROM place;
+  FROM place, (SELECT count(*) FROM again) AS flushed;
 
 -- publish: route and insert messages; reports per queue how many there are and when the first is due.
 WITH given AS (
@@ -62,6 +66,10 @@ WITH given AS (
    WHERE NOT volatile
    ORDER BY nth
       ON CONFLICT (message_id) DO NOTHING
+  RETURNING true
+), again AS (
+  SELECT pg_logical_emit_message(true, 'pgqrs', '')
+   WHERE EXISTS (SELECT FROM placed WHERE NOT volatile) AND NOT EXISTS (SELECT FROM kept)
 ), broadcast AS (
   INSERT INTO {schema}.pgqrs_broadcasts (message_id, queue, priority, expires_at, headers, properties, body)
   SELECT message_id, queue, priority, expires_at, headers, properties, body
@@ -72,7 +80,7 @@ WITH given AS (
 )
 SELECT queue, volatile, count(*) FILTER (WHERE visible_at IS NULL AND NOT volatile)::int AS ready,
        extract(epoch FROM min(visible_at) - {schema}.pgqrs_now())::float8 AS due_in
-  FROM placed
+  FROM placed, (SELECT count(*) FROM again) AS flushed
  GROUP BY queue, volatile;
 
 -- claim: delete what was acknowledged and lease what is ready, queue after queue in the order given.

@@ -105,7 +105,8 @@ COMMENT ON COLUMN {schema}.pgqrs_consumers.nap IS 'how often it has fallen aslee
 -- One message, one round trip: insert it, commit, and only then look who sleeps. The look needs a snapshot taken after the
 -- commit: a consumer that says it sleeps, and then looks once more, sees the message or is seen.
 -- Where somebody sleeps (in_early), he is handed the message while it is written to disk: the answer waits for that, and
--- with it for everything before it, but the consumer need not. A crash in between takes the message back from both.
+-- with it for everything before it, but the consumer need not. A crash in between takes the message back from both. So
+-- a message that is there already, because it is sent again, need not be on disk yet: its sender waits for that, too.
 -- A notification holds 7999 bytes at most, and behind a pooler (no lock) none arrives: such messages are claimed as ever.
 CREATE PROCEDURE {schema}.pgqrs_put(
   in_message_id uuid, in_queue text, in_priority integer, in_visible_at timestamptz, in_ttl double precision,
@@ -135,6 +136,9 @@ BEGIN
     VALUES (in_message_id, in_queue, in_priority, waits_until, {schema}.pgqrs_now() + make_interval(secs => ttl),
             in_headers, in_properties, in_body)
         ON CONFLICT (message_id) DO NOTHING;
+    IF NOT FOUND THEN
+      PERFORM pg_logical_emit_message(true, 'pgqrs', '');  -- the least that is on disk only after everything before it
+    END IF;
   END IF;
   early := in_early AND in_wake AND volatile IS NOT TRUE AND waits_until IS NULL
        AND current_setting('synchronous_commit') <> 'off'
@@ -179,7 +183,7 @@ BEGIN
   END IF;
   IF early THEN
     COMMIT;
-    PERFORM pg_logical_emit_message(true, 'pgqrs', '');  -- the least that is on disk only after everything before it
+    PERFORM pg_logical_emit_message(true, 'pgqrs', '');
   END IF;
 END $$;
 
