@@ -170,8 +170,9 @@ class Receiver:
 
     def on_bell(self) -> None:
         """Handle a ring: something was published here, acknowledged, changed, or the keeper has news."""
-        self._ringing = False
-        if self.bell.hush():
+        news = self.bell.hush()
+        self._ringing = False  # after the hush: a ring that it swallowed would silence all that follow
+        if news:
             self._expect()
         if self.fresh is not None:
             self._exchange()

@@ -15,6 +15,7 @@ from pgqrs_celery.store.messages import Handed
 from pgqrs_celery.transport import keeper
 from pgqrs_celery.transport.bell import MOST_QUEUES, NEWS, Bell
 from pgqrs_celery.transport.sleep import Sleep
+from pgqrs_celery.transport.wire import readable
 from tests.broker.test_prefetch import asleep
 from tests.support.waiting import wait_for
 
@@ -82,6 +83,25 @@ def test_news_that_comes_while_the_bell_is_being_hushed_is_not_lost(bell: Bell) 
     bell.ring()
     assert bell.hush()
     assert not bell.hush()
+
+
+def test_a_ring_while_the_bell_is_being_hushed_does_not_silence_the_next(
+    ears: Callable[[], kombu.Connection], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when two threads acknowledge one after the other, and nothing else happens in their worker."""
+    receiver = ears().transport.receiver
+    receiver.ring()
+    hush = Bell.hush
+
+    def hush_while_somebody_rings(bell: Bell) -> bool:
+        receiver.ring()
+        return hush(bell)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Bell, "hush", hush_while_somebody_rings)
+        receiver.on_bell()
+    receiver.ring()
+    assert readable([receiver.bell.fileno()], 0)
 
 
 def test_a_consumer_that_was_found_before_it_knew_that_it_slept_does_not_take_itself_for_asleep() -> None:

@@ -137,9 +137,12 @@ class Worker:
         """Wait until the worker has written something."""
 
         def said() -> bool:
-            if self.process.poll() is not None:
+            ended = self.process.poll() is not None  # before the look: it may have said it with its last breath
+            if words in self.text:
+                return True
+            if ended:
                 raise AssertionError("the worker ended")
-            return words in self.text
+            return False
 
         try:
             wait_for(said, 40, f"the worker to say {words!r}")
