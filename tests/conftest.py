@@ -66,17 +66,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let each process, to which xdist gives a part of the list to begin with, begin with its share of long tests."""
-    processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    long = [item for item in items if item.get_closest_marker("long")]
-    others = iter([item for item in items if not item.get_closest_marker("long")])
-    parts = [len(items) * n // processes for n in range(processes + 1)]
-    shares = [long[n::processes] for n in range(processes)]
-    items[:] = [
-        item
-        for share, begin, end in zip(shares, parts, parts[1:], strict=False)
-        for item in (*share, *itertools.islice(others, max(0, end - begin - len(share))))
-    ] + [*others]
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

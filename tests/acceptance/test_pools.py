@@ -38,7 +38,6 @@ ROWS = [
 ]
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(("each_scenario", "options"), ROWS, indirect=["each_scenario"])
 def test_chains_and_groups_end_well_and_a_killed_worker_s_step_runs_again(
     each_scenario: Scenario, options: dict[str, Any]

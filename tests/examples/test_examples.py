@@ -48,7 +48,6 @@ def home() -> Iterator[Path]:
     shutil.rmtree(directory)
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("example", EXAMPLES)
 def test_an_example_prints_what_it_documents(example: str, home: Path) -> None:
     environment = {k: v for k, v in os.environ.items() if k not in (DSN_VARIABLE, "CELERY_BROKER_URL")}
