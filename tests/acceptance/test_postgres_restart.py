@@ -46,7 +46,7 @@ def test_no_running_step_is_executed_twice_when_postgres_restarts(
             trap.wait()
         leased = "SELECT FROM {}.pgqrs_messages WHERE leased_by IS NOT NULL HAVING count(*) = %s"
         run = fleet.run_of(result.id)
-        fleet.wait_for(run, lambda: bool(scenario.execute(leased, STEPS // 2)), "have half of its messages acknowledged")
+        fleet.wait_for(run, lambda: bool(scenario.execute(leased, STEPS // 2)), "have half its messages acknowledged")
         wait_until_on_disk(scenario)
         own_postgres.restart(immediate=True)
         # Whoever has free locks judged would have done so by then: that is looked at five times a second.
