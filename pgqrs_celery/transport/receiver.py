@@ -257,8 +257,7 @@ class Receiver:
         appetite = underway.appetite
         assert appetite is not None
         appetite.settle(len(claimed) >= underway.count)
-        # Lists first, in this order: other threads acknowledge.
-        ours = {*list(self.held), *list(self._done)} if claimed else set()
+        ours = self._in_hand() if claimed else set()
         for message in sorted(claimed, key=lambda m: (-m.priority, m.position)):
             if message.message_id in ours:
                 continue  # in hand or just finished, and its lease had run out, or was a former self's
@@ -268,13 +267,17 @@ class Receiver:
         """Take a message that was leased to us by its publisher, because we slept."""
         message = given.claimed
         self.sleep.found(given.nap)
-        if message.message_id in self.held or message.message_id in self._done:
+        if message.message_id in self._in_hand():
             return  # sent again, after a crash of the server that has taken it back from its sender, but not from us
         owner = next((a for a in self._appetites if message.queue in a.subscriber.queues), None)
         if owner is None or self._room(owner)[0] == 0:
             self.refuse([message])
             return
         self._keep(owner.subscriber, message)
+
+    def _in_hand(self) -> set[UUID]:
+        """Return the messages that are in hand, or just finished."""
+        return {*list(self.held), *list(self._done)}  # lists first, in this order: other threads acknowledge
 
     def _keep(self, subscriber: Subscriber, claimed: Claimed) -> None:
         self.hold(subscriber, claimed)

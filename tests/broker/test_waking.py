@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
+from uuid import UUID, uuid4
 
 import kombu
 import pytest
@@ -130,6 +132,32 @@ def test_a_message_that_is_handed_over_again_while_it_is_in_hand_is_one(
                 receiver._take(Handed(receiver.sleep._nap, given.claimed))
         connection.drain_events(timeout=20)
     assert [message.payload[0] for message in got] == [[1], [2]]
+
+
+def test_messages_are_handed_over_while_threads_acknowledge(
+    ears: Callable[[], kombu.Connection], client: Celery, database: Database
+) -> None:
+    """Their identifiers are compared in Python: in between, another thread has its turn."""
+
+    class Interrupted(UUID):
+        def __eq__(self, other: object) -> bool:
+            receiver.acknowledge(uuid4())
+            return super().__eq__(other)
+
+        __hash__ = UUID.__hash__
+
+    connection, got = ears(), list[Any]()
+    receiver = connection.transport.receiver
+    with connection.Consumer([kombu.Queue("celery")], on_message=got.append, accept=["json"]):
+        wait_for(lambda: asleep(database, connection), what="the consumer to sleep")
+        client.send_task("t", (1,))
+        connection.drain_events(timeout=20)
+        (first,) = receiver.held.values()
+        for number in range(2):
+            receiver.acknowledge(Interrupted(int=number))
+        receiver._take(Handed(receiver.sleep._nap, replace(first.claimed, message_id=uuid4())))
+        receiver.deliver()
+    assert [message.payload[0] for message in got] == [[1], [1]]
 
 
 def test_a_message_that_is_published_while_a_sleeper_says_that_it_lives_is_found(
