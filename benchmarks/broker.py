@@ -157,7 +157,7 @@ def send(app: Celery, count: int) -> float:
 
 
 def rates(arena: Servers, rounds: int, tasks: int) -> None:
-    """Send, work off a prepared queue, and a single task's way there and back."""
+    """Send, and work off a prepared queue."""
     figures: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     with ExitStack() as stack:
         contestants = [Contestant(arena, side, concurrency=2) for side in sides(arena, "rates")]

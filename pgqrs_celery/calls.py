@@ -48,7 +48,7 @@ class Attempt:
         self._journal = journal
         self.call = call
         self.step_id = step_id
-        self._hash = journal.digest(call.args, call.kwargs) if call.args or call.kwargs else None
+        self._hash = journal.digest(call.args, call.kwargs)
         self._began = 0.0
         self._work: Work | None = None
 

@@ -84,9 +84,6 @@ class Journal:
         self._again = {row.step_id for row in self._recorded.values() if row.status != Status.SUCCESS}
         #: How often each path was called.
         self._called = {reserved: 1}
-        # What each call looks up.
-        self._values, self._lease = ledger.values, ledger.settings.lease
-        self._input_change = ledger.settings.on_input_change
         self._lock = threading.Lock()
         self._confirmed = self._touched = time.monotonic()
         self._noted_undo = not parks
@@ -118,8 +115,10 @@ class Journal:
             executing.reset(token)
 
     def digest(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
-        """Return the hash of a call's arguments; None where nobody wants to know."""
-        return None if self._input_change == "ignore" else ids.digest_of_call(args, kwargs)
+        """Return the hash of a call's arguments; None where there are none, or nobody wants to know."""
+        if (not args and not kwargs) or self.ledger.settings.on_input_change == "ignore":
+            return None
+        return ids.digest_of_call(args, kwargs)
 
     # -- reading -------------------------------------------------------------------------------------------------------
 
@@ -138,8 +137,7 @@ class Journal:
         An error recorded by this very attempt of the function is raised again: whoever caught it then must see it on
         a replay, too. One recorded before the function failed, or was retried, is not: the call is made again.
         """
-        if self.ended is not None:
-            self.check()
+        self.check()
         found = self._recorded.pop(step_id, None)
         if found is None or found.task_id is not None:
             return None
@@ -172,7 +170,7 @@ class Journal:
         return self.ledger.values.load(found.output)
 
     def _compare(self, found: Inner, input_hash: str | None) -> None:
-        policy = self._input_change
+        policy = self.ledger.settings.on_input_change
         if policy == "ignore" or found.input_hash == input_hash or found.input_hash is None:
             return
         text = (
@@ -200,7 +198,7 @@ class Journal:
 
         With a ``session`` it is written in that transaction. Raises ``ResultNotSerializable`` and ``ResultTooLarge``.
         """
-        values = self._values
+        values = self.ledger.values
         text = values.dump_result(value, step_id)
         new = NewInner(step_id, name or ids.plain_name(step_id), Status.SUCCESS, text, None, input_hash, elapsed)
         if session is not None:
@@ -220,8 +218,7 @@ class Journal:
 
     def _write(self, new: NewInner) -> Inner | None:
         """Commit an outcome; returns what was recorded before, if that was a success, else None."""
-        if self.looks_back:
-            self.go_beyond(new.step_id)
+        self.go_beyond(new.step_id)
         again = new.step_id in self._again
         try:
             with self.ledger.database.session() as session:
@@ -283,7 +280,7 @@ class Journal:
     @property
     def is_confirmed(self) -> bool:
         """Whether less than a lease has passed since it was certain that the function is ours."""
-        return time.monotonic() - self._confirmed < self._lease
+        return time.monotonic() - self._confirmed < self.ledger.settings.lease
 
     def confirm(self) -> None:
         """Ask whether the function is still ours, if a whole lease has passed since that was certain.
@@ -291,9 +288,8 @@ class Journal:
         Called before each body; narrows a window that no ledger can close: a process that stalls between its last
         statement and the next body's first line.
         """
-        if self.ended is not None or self.looks_back:
-            self.check()
-            self.go_beyond("the end of what is recorded")
+        self.check()
+        self.go_beyond("the end of what is recorded")
         if self.is_confirmed:
             return
         if not self.call(lambda session: inner.owns(session, self.owner)):

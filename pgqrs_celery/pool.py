@@ -29,8 +29,7 @@ class Pool:
 
     def enter(self) -> tuple[Session | None, bool]:
         """Take a place, waiting for one where that is safe; returns an idle session, if any, and whether it has one."""
-        depths = self._depths
-        depth = getattr(depths, "depth", 0)
+        depth = getattr(self._depths, "depth", 0)
         with self._lock:
             while self._free == 0 and depth == 0:
                 self._waiting += 1
@@ -42,7 +41,7 @@ class Pool:
             if placed:
                 self._free -= 1
             session = self._idle.pop() if self._idle else None
-        depths.depth = depth + 1
+        self._depths.depth = depth + 1
         return session, placed
 
     def leave(self, session: Session | None, *, placed: bool) -> None:

@@ -68,11 +68,11 @@ class Statement:
 @lru_cache(maxsize=64)
 def compiled(name: str, text: str) -> Statement:
     """Return a named statement with its parameters numbered."""
-    formats = dict(PARAMETER.findall(text))
-    assert len(formats) == len(set(PARAMETER.findall(text))), f"{name}: a parameter is text, or it is bytes"
-    texts = tuple(key for key, mark in formats.items() if mark == "s")
-    bodies = tuple(key for key, mark in formats.items() if mark == "b")
+    marked = dict.fromkeys(PARAMETER.findall(text))
+    texts = tuple(key for key, mark in marked if mark == "s")
+    bodies = tuple(key for key, mark in marked if mark == "b")
     keys = (*texts, *bodies)
+    assert len(keys) == len(set(keys)), f"{name}: a parameter is text, or it is bytes"
     numbered = PARAMETER.sub(lambda found: f"${keys.index(found[1]) + 1}", text).replace("%%", "%")
     given = (Format.TEXT,) * len(texts) + (Format.BINARY,) * len(bodies)
     return Statement(f"pgqrs_{name}".encode(), numbered.encode(), texts, bodies, given if bodies else None)

@@ -20,7 +20,7 @@ WITH place AS MATERIALIZED (
       ON CONFLICT (message_id) DO NOTHING
   RETURNING true
 ), again AS (
-  SELECT pg_logical_emit_message(true, 'pgqrs', '') FROM place WHERE NOT volatile AND NOT EXISTS (SELECT FROM kept)
+  SELECT {schema}.pgqrs_flush() FROM place WHERE NOT volatile AND NOT EXISTS (SELECT FROM kept)
 ), broadcast AS (
   INSERT INTO {schema}.pgqrs_broadcasts (message_id, queue, priority, expires_at, headers, properties, body)
   SELECT %(message_id)s::uuid, %(routing_key)s, %(priority)s::smallint, expires_at,
@@ -68,7 +68,7 @@ WITH given AS (
       ON CONFLICT (message_id) DO NOTHING
   RETURNING true
 ), again AS (
-  SELECT pg_logical_emit_message(true, 'pgqrs', '')
+  SELECT {schema}.pgqrs_flush()
    WHERE EXISTS (SELECT FROM placed WHERE NOT volatile) AND NOT EXISTS (SELECT FROM kept)
 ), broadcast AS (
   INSERT INTO {schema}.pgqrs_broadcasts (message_id, queue, priority, expires_at, headers, properties, body)

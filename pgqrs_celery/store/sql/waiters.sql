@@ -18,7 +18,8 @@ WITH woken AS (
 SELECT pg_notify(w.channel, %(task_id)s::text || chr(31)
                             || CASE WHEN octet_length(r.data::text) + octet_length(%(task_id)s::text) < 7900
                                  THEN r.data::text ELSE '' END)
-  FROM (SELECT set_config('synchronous_commit', 'off', true)) AS c, woken w LEFT JOIN {schema}.pgqrs_task_results r ON r.task_id = %(task_id)s;
+  FROM (SELECT set_config('synchronous_commit', 'off', true)) AS c,
+       woken w LEFT JOIN {schema}.pgqrs_task_results r ON r.task_id = %(task_id)s;
 
 -- nudge: tell whoever waits for a task that its state has changed.
 SELECT pg_notify(w.channel, %(task_id)s::text || chr(31)

@@ -137,7 +137,7 @@ BEGIN
             in_headers, in_properties, in_body)
         ON CONFLICT (message_id) DO NOTHING;
     IF NOT FOUND THEN
-      PERFORM pg_logical_emit_message(true, 'pgqrs', '');  -- the least that is on disk only after everything before it
+      PERFORM {schema}.pgqrs_flush();
     END IF;
   END IF;
   early := in_early AND in_wake AND volatile IS NOT TRUE AND waits_until IS NULL
@@ -164,28 +164,35 @@ BEGIN
   SELECT s.consumer_id, c.lock_key IS NOT NULL, c.lease, c.nap
     INTO sleeper, listens, its_lease, its_nap
     FROM {schema}.pgqrs_rouse(in_queue, 1) AS s JOIN {schema}.pgqrs_consumers c USING (consumer_id);
+  IF listens AND octet_length(in_queue) + octet_length(in_headers) + octet_length(in_properties)
+     + octet_length(in_body) / 54 * 73 + 300 < 7999 AND strpos(in_queue, chr(31)) = 0 THEN
+    UPDATE {schema}.pgqrs_messages m
+       SET leased_until = {schema}.pgqrs_now() + make_interval(secs => its_lease), leased_by = sleeper,
+           deliveries = m.deliveries + 1
+      FROM (SELECT c.message_id
+              FROM {schema}.pgqrs_messages c
+             WHERE c.message_id = in_message_id AND c.visible_at IS NULL AND c.leased_by IS NULL
+               FOR NO KEY UPDATE SKIP LOCKED) AS free
+     WHERE m.message_id = free.message_id
+    RETURNING concat_ws(chr(31), its_nap, m.message_id, m.position, m.queue, m.priority, m.deliveries, m.lost,
+                        m.headers, m.properties, encode(m.body, 'base64'))
+      INTO handed;
+  END IF;
   IF sleeper IS NOT NULL THEN
-    IF listens AND octet_length(in_queue) + octet_length(in_headers) + octet_length(in_properties)
-       + octet_length(in_body) / 54 * 73 + 300 < 7999 AND strpos(in_queue, chr(31)) = 0 THEN
-      UPDATE {schema}.pgqrs_messages m
-         SET leased_until = {schema}.pgqrs_now() + make_interval(secs => its_lease), leased_by = sleeper,
-             deliveries = m.deliveries + 1
-        FROM (SELECT c.message_id
-                FROM {schema}.pgqrs_messages c
-               WHERE c.message_id = in_message_id AND c.visible_at IS NULL AND c.leased_by IS NULL
-                 FOR NO KEY UPDATE SKIP LOCKED) AS free
-       WHERE m.message_id = free.message_id
-      RETURNING concat_ws(chr(31), its_nap, m.message_id, m.position, m.queue, m.priority, m.deliveries, m.lost,
-                          m.headers, m.properties, encode(m.body, 'base64'))
-        INTO handed;
-    END IF;
     PERFORM pg_notify('pgqrs_' || replace(sleeper::text, '-', ''), coalesce(handed, 'ready'));
   END IF;
   IF early THEN
     COMMIT;
-    PERFORM pg_logical_emit_message(true, 'pgqrs', '');
+    PERFORM {schema}.pgqrs_flush();
   END IF;
 END $$;
+
+-- Let the transaction's commit wait until everything before it is on disk, though it has nothing else to write.
+CREATE FUNCTION {schema}.pgqrs_flush() RETURNS pg_lsn
+LANGUAGE sql
+AS $$
+  SELECT pg_logical_emit_message(true, 'pgqrs', '');
+$$;
 
 -- Up to so many sleepers of a queue, not asleep any more.
 CREATE FUNCTION {schema}.pgqrs_rouse(in_queue text, in_count integer) RETURNS TABLE (consumer_id uuid)
