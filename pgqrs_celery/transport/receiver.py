@@ -407,8 +407,11 @@ class Receiver:
             and not any(self._open(a) for a in waiting)
         )
 
-    def linger_left(self) -> float | None:
-        """Return the seconds until something that lingers is due, or None."""
-        if self._linger_since is None or self._underway is not None or self.wire is None:
+    def pump_in(self) -> float | None:
+        """Return the seconds until a pump is due though nothing happens: something lingers, or a pause ends."""
+        if self._underway is not None or self.wire is None:
             return None
-        return max(0.0, LINGER - (time.monotonic() - self._linger_since))
+        now = time.monotonic()
+        if now < self._pause_until:
+            return self._pause_until - now
+        return None if self._linger_since is None else max(0.0, self._linger_since + LINGER - now)

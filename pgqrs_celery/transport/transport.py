@@ -83,7 +83,7 @@ class Transport(base.Transport):
         self._receiver: Receiver | None = None
         self._keeper: Keeper | None = None
         self._hub: Any = None
-        self._linger: Any = None
+        self._timer: Any = None
 
     @property
     def broker(self) -> Broker:
@@ -270,8 +270,8 @@ class Transport(base.Transport):
         if receiver is None or keeper is None:
             return
         receiver.closed = True
-        if self._linger is not None:
-            self._linger.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
         keeper.stop()
         done, held = receiver.flush(), list(receiver.held)
 
@@ -349,14 +349,14 @@ class Transport(base.Transport):
 
     def _schedule(self) -> None:
         receiver = self._receiver
-        if receiver is None or self._linger is not None:
+        if receiver is None or self._timer is not None:
             return
-        left = receiver.linger_left()
+        left = receiver.pump_in()
         if left is not None:
-            self._linger = self._hub.call_later(left, self._lingered)
+            self._timer = self._hub.call_later(left, self._pump)
 
-    def _lingered(self) -> None:
-        self._linger = None
+    def _pump(self) -> None:
+        self._timer = None
         if self._receiver is not None:
             self._receiver.pump()
             self._schedule()
@@ -373,7 +373,7 @@ class Transport(base.Transport):
             self._wait(receiver, left)
 
     def _wait(self, receiver: Receiver, left: float | None) -> None:
-        waits = [DRAIN_SLICE, *(w for w in (left, receiver.linger_left()) if w is not None)]
+        waits = [DRAIN_SLICE, *(w for w in (left, receiver.pump_in()) if w is not None)]
         fds = [receiver.bell.fileno()]
         if receiver.wire is not None:
             fds.append(receiver.wire.fileno())

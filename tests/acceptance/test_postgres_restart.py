@@ -35,7 +35,9 @@ def wait_until_on_disk(scenario: Scenario) -> None:
 def test_no_running_step_is_executed_twice_when_postgres_restarts(
     scenario: Scenario, own_postgres: embedded.PostgresServer
 ) -> None:
-    scenario = scenario.elsewhere(own_postgres.dsn()).with_conf(pgqrs_lease=LEASE)  # broker, results and ledger
+    # Broker, results and ledger. A step is not sent again before a slow worker has begun it: the copy would wait for a
+    # thread, and be leased, until one is free.
+    scenario = scenario.elsewhere(own_postgres.dsn()).with_conf(pgqrs_lease=LEASE, pgqrs_resend_interval=LEASE)
     with Fleet(scenario, options=THREADS) as fleet:
         # Half of them are acknowledged when they begin; the messages of the others are leased until they end.
         tasks = [fleet.tasks.step, fleet.tasks.late] * (STEPS // 2)

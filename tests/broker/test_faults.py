@@ -176,6 +176,33 @@ def test_an_acknowledgement_survives_an_outage(
     client.close()
 
 
+#: Refuses the first deletion of a message.
+REFUSING = """
+CREATE SEQUENCE own.refusals;
+CREATE FUNCTION own.refuse() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+  IF nextval('own.refusals') = 1 THEN
+    RAISE EXCEPTION 'not now';
+  END IF;
+  RETURN OLD;
+END $$;
+CREATE TRIGGER refuse BEFORE DELETE ON own.pgqrs_messages FOR EACH ROW EXECUTE FUNCTION own.refuse();
+"""
+
+
+def test_an_acknowledgement_that_the_server_refused_is_sent_again_though_nothing_happens(
+    own_bench: Bench, own_database: Database
+) -> None:
+    with own_database.session() as session:
+        session.connection.execute(REFUSING)
+    worker = own_bench.worker("-c", "1", pushed_only=True)
+    client = application(own_bench.url)
+    send(client, "record", "x")
+    worker.wait_until_it_says("not now")
+    wait_until_empty(own_database)
+    client.close()
+
+
 def test_a_worker_waits_for_a_database_that_is_not_up_yet(
     own_bench: Bench, own_postgres: embedded.PostgresServer, own_database: Database
 ) -> None:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
+from psycopg import sql
 
 from pgqrs_celery.db import Database
 from pgqrs_celery.session import Connection, Session
 from pgqrs_celery.store import broadcasts, consumers, messages, queues, workers
 from pgqrs_celery.store.messages import Claimed, Handed, NewMessage
 from pgqrs_celery.store.queues import Binding, Queue
+from tests.support.waiting import wait_for
 
 ME, OTHER = uuid4(), uuid4()
 LEASE = 30.0
@@ -143,6 +147,27 @@ def test_a_lease_that_is_extended_lasts(session: Session, put: Put) -> None:
     assert messages.extend(session, ME, ids, lease=LEASE) == set(ids)
     travel(session, LEASE + 1)
     assert claim(session, consumer=OTHER) == []
+
+
+def test_leases_are_extended_in_the_order_in_which_acknowledgements_are_deleted(
+    session: Session, database: Database, put: Put
+) -> None:
+    first, second, third = sorted(message().message_id for _ in range(3))
+    for message_id in (third, second, first):
+        messages.publish(session, [replace(message(), message_id=message_id)])
+    claim(session)
+    rows = sql.SQL("SELECT message_id FROM {}").format(sql.Identifier(database.schema, "pgqrs_messages"))
+    blocker = "SELECT pid FROM pg_stat_activity WHERE %s = ANY(pg_blocking_pids(pid))"
+    with database.session() as other, ThreadPoolExecutor(1) as thread:
+        with other.connection.transaction():
+            other.connection.execute(rows + sql.SQL("WHERE message_id = %s FOR UPDATE"), [second])
+            pid = other.connection.info.backend_pid
+            ids = [third, second, first]
+            extended = thread.submit(database.call, lambda s: messages.extend(s, ME, ids, lease=LEASE))
+            wait_for(lambda: session.connection.execute(blocker, [pid]).fetchone(), what="it to be blocked")
+            free = session.connection.execute(rows + sql.SQL("FOR UPDATE SKIP LOCKED")).fetchall()
+        assert extended.result() == set(ids)
+    assert free == [(third,)]
 
 
 def test_a_lease_that_somebody_else_has_is_not_extended(session: Session, put: Put) -> None:

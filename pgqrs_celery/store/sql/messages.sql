@@ -125,12 +125,21 @@ UPDATE {schema}.pgqrs_messages
  WHERE message_id = ANY(%(message_ids)s::uuid[]) AND leased_by = %(consumer_id)s
 RETURNING queue;
 
--- extend: keep leases; returns the messages that are still the consumer's.
-UPDATE {schema}.pgqrs_messages
+-- extend: keep leases; returns the messages that are still the consumer's. Rows are locked in the order in which the
+-- consumer's own acknowledgements lock them, that of the ids: the two may meet.
+WITH mine AS MATERIALIZED (
+  SELECT message_id
+    FROM {schema}.pgqrs_messages
+   WHERE message_id = ANY(%(message_ids)s::uuid[]) AND leased_by = %(consumer_id)s
+   ORDER BY message_id
+     FOR NO KEY UPDATE
+)
+UPDATE {schema}.pgqrs_messages m
    SET leased_until = {schema}.pgqrs_now() + make_interval(secs => %(lease)s)
-  FROM (SELECT set_config('synchronous_commit', 'off', true)) AS c
- WHERE message_id = ANY(%(message_ids)s::uuid[]) AND leased_by = %(consumer_id)s
-RETURNING message_id;
+  FROM mine,
+       (SELECT set_config('synchronous_commit', 'off', true)) AS c
+ WHERE m.message_id = mine.message_id
+RETURNING m.message_id;
 
 -- adopt: hand the leases of consumers to the one they have become; returns what it still has.
 UPDATE {schema}.pgqrs_messages
