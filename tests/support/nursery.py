@@ -27,12 +27,15 @@ __all__ = ["ForkedProgram", "start_celery"]
 
 #: What a worker imports, with all commands of ``celery``: the package under test has one, and a name for its broker.
 LIBRARIES = [
-    *("celery.app.amqp", "celery.app.base", "celery.app.control", "celery.app.log", "celery.apps.worker"),
-    *("celery.backends.redis", "celery.bin.celery", "celery.concurrency.prefork", "celery.concurrency.thread"),
-    *("celery.concurrency.solo", "celery.events.state", "celery.worker.autoscale", "celery.worker.consumer"),
-    *("celery.worker.control", "celery.worker.strategy", "click_repl", "flower.command", "kombu.transport.pyamqp"),
-    *("kombu.transport.redis", "psycopg", "redis.asyncio", "sqlalchemy.dialects.postgresql", "sqlalchemy.orm"),
-    *("pgqrs_celery", "pgqrs_celery.backend", "pgqrs_celery.transport"),
+    *("billiard.popen_fork", "billiard.sharedctypes", "billiard.synchronize", "celery.app.amqp", "celery.app.base"),
+    *("celery.app.control", "celery.app.events", "celery.app.log", "celery.apps.worker", "celery.backends.redis"),
+    *("celery.bin.celery", "celery.concurrency.prefork", "celery.concurrency.thread", "celery.concurrency.solo"),
+    *("celery.events.state", "celery.worker.autoscale", "celery.worker.consumer", "celery.worker.control"),
+    *("celery.worker.consumer.delayed_delivery", "celery.worker.strategy", "click_repl", "flower.command"),
+    *("kombu.transport.pyamqp", "kombu.transport.redis", "psycopg", "redis.asyncio"),
+    *("sqlalchemy.dialects.postgresql", "sqlalchemy.orm"),
+    *("pgqrs_celery", "pgqrs_celery.backend", "pgqrs_celery.inspection", "pgqrs_celery.request"),
+    *("pgqrs_celery.transport", "tests.support.scenario"),
 ]
 
 GREEN = {"gevent", "eventlet"}
