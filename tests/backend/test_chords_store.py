@@ -232,7 +232,9 @@ def test_recording_an_open_chord_again_keeps_the_parts_it_has(session: Session) 
 def test_whether_a_run_has_an_open_chord_is_one_indexed_look(session: Session, spy: Spy) -> None:
     run = durable(session, spy)
     chords.record(session, Chord("c", "app", size=1, workflow_id=run))
-    spy.connection.execute("SET enable_seqscan = off")
+    others = "SELECT 'other-' || n, 'app', 1, n FROM generate_series(1001, 4000) AS n"
+    spy.rows("INSERT INTO {}.pgqrs_chords (chord_id, app, size, workflow_id) " + others + " RETURNING 1")
+    spy.connection.execute(f'ANALYZE "{spy.schema}".pgqrs_chords'.encode())
     plan = spy.rows("EXPLAIN SELECT FROM {}.pgqrs_chords WHERE workflow_id = 1 AND open")
     assert any("pgqrs_chords_of_run" in line for (line,) in plan)
 
