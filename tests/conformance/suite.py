@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 import shutil
-import tarfile
 from pathlib import Path
 from typing import Final
+
+from tests.support.sdist import extract
 
 __all__ = ["EXCLUDED", "FILES", "deselected", "unpack"]
 
@@ -39,8 +40,7 @@ DOORS: Final = (
 
 def unpack(sdist: Path, target: Path) -> int:
     """Unpack the tests into a directory and open the doors; return how many there were."""
-    with tarfile.open(sdist) as archive:
-        archive.extractall(target / "sdist", filter="data")
+    extract(sdist, target / "sdist")
     (source,) = (target / "sdist").iterdir()
     shutil.copytree(source / "t", target / "t")
     shutil.copy(source / "pyproject.toml", target)

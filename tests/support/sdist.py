@@ -15,7 +15,7 @@ import pytest
 from pgqrs_celery.embedded.locks import FileLock
 from tests.support.waiting import wait_for
 
-__all__ = ["SourceMissing", "archive", "unpacked"]
+__all__ = ["SourceMissing", "archive", "extract", "unpacked"]
 
 
 class SourceMissing(Exception):
@@ -57,6 +57,13 @@ def _python_with_pip() -> str:
     raise SourceMissing(f"{sys.executable} has no pip to fetch sources with; python3 -m ensurepip would install it")
 
 
+def extract(sdist: Path, target: Path) -> None:
+    """Extract a source distribution into a directory."""
+    trust = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # Python 3.11.4 and newer have it
+    with tarfile.open(sdist) as archived:
+        archived.extractall(target, **trust)
+
+
 @cache
 def unpacked(project: str) -> Path:
     """Return the unpacked source distribution of a project; skips the module that asks where it cannot be had."""
@@ -70,8 +77,7 @@ def unpacked(project: str) -> Path:
     lock = wait_for(lambda: FileLock.try_exclusive(path.with_suffix(".lock")), 120, f"another process to unpack {path}")
     try:
         if not directory.is_dir():
-            with tarfile.open(path) as archived:
-                archived.extractall(path.parent, filter="data")
+            extract(path, path.parent)
     finally:
         lock.close()
     return directory
