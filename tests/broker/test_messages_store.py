@@ -17,6 +17,8 @@ from pgqrs_celery.session import Connection, Session
 from pgqrs_celery.store import broadcasts, consumers, messages, queues, workers
 from pgqrs_celery.store.messages import Claimed, Handed, NewMessage
 from pgqrs_celery.store.queues import Binding, Queue
+from tests.support.asking import ask
+from tests.support.stops import Stops
 from tests.support.waiting import wait_for
 
 ME, OTHER = uuid4(), uuid4()
@@ -150,22 +152,20 @@ def test_a_lease_that_is_extended_lasts(session: Session, put: Put) -> None:
 
 
 def test_leases_are_extended_in_the_order_in_which_acknowledgements_are_deleted(
-    session: Session, database: Database, put: Put
+    session: Session, database: Database, database_dsn: str
 ) -> None:
     first, second, third = sorted(message().message_id for _ in range(3))
     for message_id in (third, second, first):
         messages.publish(session, [replace(message(), message_id=message_id)])
     claim(session)
-    rows = sql.SQL("SELECT message_id FROM {}").format(sql.Identifier(database.schema, "pgqrs_messages"))
-    blocker = "SELECT pid FROM pg_stat_activity WHERE %s = ANY(pg_blocking_pids(pid))"
-    with database.session() as other, ThreadPoolExecutor(1) as thread:
-        with other.connection.transaction():
-            other.connection.execute(rows + sql.SQL("WHERE message_id = %s FOR UPDATE"), [second])
-            pid = other.connection.info.backend_pid
-            ids = [third, second, first]
+    ids = [third, second, first]
+    row = "SELECT message_id FROM {}.pgqrs_messages"
+    stops = Stops(database_dsn, database.schema)
+    with ThreadPoolExecutor(1) as thread:
+        with stops.locking(f"{row} WHERE message_id = %s FOR UPDATE", second) as waiting:
             extended = thread.submit(database.call, lambda s: messages.extend(s, ME, ids, lease=LEASE))
-            wait_for(lambda: session.connection.execute(blocker, [pid]).fetchone(), what="it to be blocked")
-            free = session.connection.execute(rows + sql.SQL("FOR UPDATE SKIP LOCKED")).fetchall()
+            wait_for(waiting, what="it to be blocked")
+            free = ask(database_dsn, sql.SQL(f"{row} FOR UPDATE SKIP LOCKED").format(sql.Identifier(database.schema)))
         assert extended.result() == set(ids)
     assert free == [(third,)]
 
